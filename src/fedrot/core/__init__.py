@@ -1,0 +1,1 @@
+"""Tensors only: adapters, alignment, aggregation methods, diagnostics. No model, no network."""

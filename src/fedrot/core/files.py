@@ -1,0 +1,43 @@
+"""Writing files so that a reader never sees half of one, and reading safetensors with errors a user understands."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fedrot.core.errors import FedrotError
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write `content` to `path` in one step: after a crash the file is the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """`tensors` as one safetensors blob. Copies are made where tensors share memory, which the format refuses."""
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    return safetensors.torch.save(plain, metadata=metadata)
+
+
+def read_tensors(path: Path, error: type[FedrotError]) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file; raises `error` naming the file when it cannot be read."""
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise error(f"{path}: no such file") from None
+    except (SafetensorError, OSError, ValueError) as problem:
+        reason = " ".join(str(problem).split())
+        raise error(f"{path}: not a readable safetensors file ({reason}); it is damaged or of another format") from None

@@ -1,0 +1,175 @@
+"""The contract of an aggregation method, and the registry.
+
+A method is a frozen record of its settings with pure functions on plain records: no input or output, no globals, no
+model. In a round the server's `ServerState.broadcast` goes to every client; there `begin` gives the adapter to train
+from and `client` makes of the trained one what is uploaded; `rounds.py` checks the uploads and reduces them to a
+`Reduced`, of which `server` makes the next state. docs/architecture.md walks through adding one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from fedrot.core.adapter import Adapter
+from fedrot.core.alignment import Rotations
+from fedrot.core.errors import RecipeError, choices
+
+ALL_PARTS = frozenset({"a", "b", "head"})
+ClientState = Mapping[str, Tensor]  # what a client keeps between rounds, by name
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a method takes and needs; a recipe that asks for more is refused when it is read."""
+
+    reduction: Literal["sum", "factors"] = "sum"
+    """'sum': the weighted mean of the uploads is enough (it then works under secure aggregation); 'factors': the
+    server must see each client's own factors."""
+    client_state: bool = False
+    """Clients keep tensors of the method's between rounds."""
+    changes_base: bool = False
+    """The broadcast carries a change of the base weights beside the adapter."""
+    mixed_ranks: bool = False
+    """Clients may train at different ranks."""
+    second_phase: bool = False
+    """The server asks the clients a second question in the same round."""
+    standalone: bool = True
+    """Makes sense on adapters alone, without a training round: offered by `fedrot.aggregate`."""
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What the server sends to every client at the start of a round."""
+
+    round: int
+    adapter: Adapter  # the global factors and head to train from
+    reference: Adapter | None = None  # what to align to, where it is not `adapter` itself
+    base_delta: Adapter | None = None  # low-rank change of the base weights to fold in before training
+
+    @property
+    def frame(self) -> Adapter:
+        """The factors whose frame clients align to."""
+        return self.reference or self.adapter
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that the server knows between rounds. Plain tensors: a checkpoint is nothing but these."""
+
+    broadcast: Broadcast
+    memory: Mapping[str, Tensor] = field(default_factory=dict)  # what a method keeps, e.g. momentum
+
+
+@dataclass(frozen=True)
+class Seat:
+    """The client that a method's client-side functions run for."""
+
+    name: str
+    state: ClientState = field(default_factory=dict)
+    rank: int | None = None  # where ranks differ by client
+
+
+@dataclass(frozen=True)
+class ClientResult:
+    """What `Method.client` makes of the locally trained adapter."""
+
+    adapter: Adapter
+    rotation: Rotations = field(default_factory=dict)  # already applied to `adapter`; sent so that it can be undone
+    state: ClientState = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What a client sends back. `adapter` is complete: parts that did not travel are the broadcast's."""
+
+    client: str
+    adapter: Adapter
+    held: int  # training examples that the client has
+    used: int  # training rows that it processed in this round
+    rotation: Rotations = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # layer -> drift, angle, ...
+    seconds: Mapping[str, float] = field(default_factory=dict)  # phase -> time spent at the client
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """The uploads of a round, reduced. `factors` is filled only for methods whose reduction is 'factors'."""
+
+    mean: Adapter  # sum_i p_i x_i for every tensor x that travelled; the broadcast's own for the others
+    count: int
+    factors: tuple[tuple[float, Adapter], ...] = ()  # (p_i, adapter_i), p_i summing to one
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods: FedIT's behaviour where a method says nothing else.
+
+    A subclass names itself in `name`, cites its source in `paper`, and declares its settings as dataclass fields with
+    defaults, each documented by the string below it; they become the recipe keys `method.<field>`.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    capabilities: ClassVar[Capabilities] = Capabilities()
+    needs_reference: ClassVar[bool] = False  # cannot aggregate without a frame to align to
+
+    @classmethod
+    def standalone(cls, **settings: Any) -> "Method":
+        """The method as `fedrot.aggregate` uses it, outside rounds."""
+        return cls(**settings)
+
+    def start(self, adapter: Adapter) -> ServerState:
+        """The state before round 0."""
+        return ServerState(Broadcast(round=0, adapter=adapter))
+
+    def begin(self, broadcast: Broadcast, seat: Seat) -> Adapter:
+        """The adapter that this client trains from."""
+        return broadcast.adapter
+
+    def trainable(self, round: int) -> frozenset[str]:
+        """The parts that clients train in this round, of 'a', 'b' and 'head'."""
+        return ALL_PARTS
+
+    def uploads(self, round: int) -> frozenset[str]:
+        """The parts that travel to the server in this round."""
+        return self.trainable(round)
+
+    def client(self, local: Adapter, broadcast: Broadcast, seat: Seat, rng: torch.Generator) -> ClientResult:
+        """What the client sends of its trained adapter, and what it keeps."""
+        return ClientResult(local, state=seat.state)
+
+    def server(self, state: ServerState, reduced: Reduced) -> ServerState:
+        """The next state, whose broadcast opens the next round."""
+        return ServerState(Broadcast(round=state.broadcast.round + 1, adapter=reduced.mean), state.memory)
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain values, as a recipe holds them under `method`."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+M = TypeVar("M", bound=type[Method])
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+def register(cls: M) -> M:
+    """Class decorator: make a method known under its `name`."""
+    if not cls.name or cls.name in _REGISTRY:
+        raise ValueError(f"a method needs a name of its own, got {cls.name!r} for {cls.__name__}")
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def methods() -> Mapping[str, type[Method]]:
+    """Every registered method by name."""
+    return dict(sorted(_REGISTRY.items()))
+
+
+def get_method(name: str) -> type[Method]:
+    """The method of this name; `RecipeError` with the choices if there is none."""
+    if name not in _REGISTRY:
+        raise RecipeError(f"method.name: there is no method {name!r}; choose {choices(_REGISTRY)}")
+    return _REGISTRY[name]

@@ -1,0 +1,1 @@
+"""Models and data: everything that happens in a client's seat."""
