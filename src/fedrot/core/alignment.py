@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fedrot.core.adapter import Adapter, Stack, same_form, stacks
+from fedrot.core.adapter import Adapter, LoraPair, same_form, stacks
 from fedrot.core.errors import FedrotError, choices
 from fedrot.core.linalg import procrustes, soften
 
@@ -74,17 +74,18 @@ def find_rotations(
     if factor not in get_args(Factor):
         raise FedrotError(f"factor must be {choices(get_args(Factor))}, got {factor!r}")
     found: list[dict[str, Tensor]] = [{} for _ in adapters]
-    for mine, ref in zip(stacks(adapters, torch.float64), stacks([reference], torch.float64), strict=True):
-        left, right = (mine.a, ref.a.mT) if factor == "A" else (mine.b.mT, ref.b)
-        rotation = soften(procrustes(left @ right, _noise(adapters, mine, left, right)), strength)
+    for stack in stacks([*adapters, reference], torch.float64):
+        # The reference is the last of the stack; slicing keeps its dimension, so it broadcasts over the adapters.
+        a, b, a_ref, b_ref = stack.a[:-1], stack.b[:-1], stack.a[-1:], stack.b[-1:]
+        left, right = (a, a_ref.mT) if factor == "A" else (b.mT, b_ref)
+        rotation = soften(procrustes(left @ right, _noise(adapters[0].layers[stack.names[0]], left, right)), strength)
         for one, rotations in zip(found, rotation, strict=True):
-            one.update(zip(mine.names, rotations, strict=True))
+            one.update(zip(stack.names, rotations, strict=True))
     return found
 
 
-def _noise(adapters: Sequence[Adapter], stack: Stack, left: Tensor, right: Tensor) -> Tensor:  # (N, L)
+def _noise(pair: LoraPair, left: Tensor, right: Tensor) -> Tensor:  # (N, L)
     """The level in left @ right that comes from the factors' own rounding: below it a direction says nothing."""
-    pair = adapters[0].layers[stack.names[0]]
     eps = max(torch.finfo(pair.a.dtype).eps, torch.finfo(pair.b.dtype).eps)
     return eps * left.norm(dim=(-2, -1)) * right.norm(dim=(-2, -1)) / math.sqrt(pair.rank)
 

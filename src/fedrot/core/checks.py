@@ -1,0 +1,60 @@
+"""What an upload must be before it may touch the global state."""
+
+import math
+
+import torch
+
+from fedrot.core.adapter import Adapter, same_form
+from fedrot.core.errors import AdapterError, FedrotError
+from fedrot.core.methods.base import Upload
+from fedrot.core.settings import CheckSettings
+
+# A rotation that arrives is orthogonal to this; it was computed in float64 and may have travelled as float32.
+_ORTHOGONAL = 1e-4
+
+
+class RejectedUpload(FedrotError):
+    """An upload that must not touch the state; the message is the reason."""
+
+
+def check_upload(upload: Upload, form: Adapter, settings: CheckSettings) -> None:
+    """Raise `RejectedUpload` with the reason unless the upload has `form`'s names, shapes and dtypes, finite values, a
+    sane example count, rotations in O(r), and a change from `form` (the broadcast) within the norm bound.
+    """
+    try:
+        same_form(upload.adapter, form, who="upload")
+    except AdapterError as problem:
+        raise RejectedUpload(str(problem)) from None
+    sent = dict(form.tensors())
+    change2 = 0.0
+    for name, tensor in upload.adapter.tensors():
+        if tensor.dtype != sent[name].dtype:
+            raise RejectedUpload(f"upload: {name} is {tensor.dtype}, the broadcast has {sent[name].dtype}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise RejectedUpload(f"upload: {name} holds values that are not finite (NaN or infinite)")
+        change2 += float((tensor.double() - sent[name].double()).square().sum())
+    for name, pair in form.layers.items():
+        if upload.adapter.layers[name].scale != pair.scale:
+            raise RejectedUpload(f"upload: layers/{name} has scale {upload.adapter.layers[name].scale}, not {pair.scale}")
+    if settings.max_norm is not None and math.sqrt(change2) > settings.max_norm:
+        raise RejectedUpload(
+            f"upload: its change has norm {math.sqrt(change2):.3g}, above checks.max_norm {settings.max_norm:g}"
+        )
+    for what, count in (("held", upload.held), ("used", upload.used)):
+        if isinstance(count, bool) or not isinstance(count, int) or count <= 0:
+            raise RejectedUpload(f"upload: examples {what} must be a positive whole number, got {count!r}")
+    _check_rotation(upload, form)
+
+
+def _check_rotation(upload: Upload, form: Adapter) -> None:
+    if not upload.rotation:
+        return
+    if set(upload.rotation) != set(form.layers):
+        raise RejectedUpload("upload: its rotations are not those of the adapter's layers")
+    for name, pair in form.layers.items():
+        r = upload.rotation[name].double()
+        if r.shape != (pair.rank, pair.rank):
+            raise RejectedUpload(f"upload: the rotation of {name} has shape {tuple(r.shape)}, not rank {pair.rank}")
+        off = (r @ r.mT - torch.eye(pair.rank, dtype=r.dtype, device=r.device)).abs().max()
+        if not float(off) < _ORTHOGONAL:
+            raise RejectedUpload(f"upload: the rotation of {name} is not orthogonal")

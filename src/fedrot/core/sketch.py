@@ -1,0 +1,79 @@
+"""Aggregation errors of many clients from a streamed random sketch, in O(d k) memory whatever their number.
+
+With Gaussian Omega of k columns, E ||E Omega||_F^2 / k = ||E||_F^2 for every matrix E. The ideal update enters only as
+sum_i p_i B_i (A_i Omega) and, for the floor, as Psi sum_i p_i B_i A_i: both are sums over clients.
+"""
+
+import torch
+from torch import Tensor
+
+from fedrot.core.adapter import Adapter, LoraPair
+from fedrot.core.seeding import generator
+
+
+class _Layer:
+    """One layer's sums."""
+
+    def __init__(self, pair: LoraPair, width: int, seed: int, name: str) -> None:
+        (r, d_in), d_out = pair.a.shape, pair.b.shape[0]
+        rng = generator(seed, "sketch", name)
+        # `width` test columns measure norms, `span` columns find the leading left singular space, and the rows of psi
+        # see the update from its other side: a one-pass low-rank approximation (Tropp et al. 2017, alg. 7).
+        self.rank, self.width, span = r, width, min(2 * r + 8, d_in, d_out)
+        self.omega = torch.randn(d_in, width + span, generator=rng, dtype=torch.float64)
+        self.psi = torch.randn(min(2 * span + 1, d_out), d_out, generator=rng, dtype=torch.float64)
+        self.right = torch.zeros(d_out, width + span, dtype=torch.float64)  # sum w_i s_i B_i A_i omega
+        self.left = torch.zeros(self.psi.shape[0], d_in, dtype=torch.float64)  # sum w_i s_i psi B_i A_i
+        self.mean_a = torch.zeros(r, d_in, dtype=torch.float64)
+        self.mean_b = torch.zeros(d_out, r, dtype=torch.float64)
+
+    def add(self, pair: LoraPair, weight: float) -> None:
+        a, b = pair.a.detach().cpu().double(), pair.b.detach().cpu().double() * pair.scale
+        self.right.add_(b @ (a @ self.omega), alpha=weight)
+        self.left.add_((self.psi @ b) @ a, alpha=weight)
+        self.mean_a.add_(a, alpha=weight)
+        self.mean_b.add_(b, alpha=weight)
+
+    def squares(self, total: float) -> dict[str, float]:
+        right, left = self.right / total, self.left / total
+        mean_a, mean_b = self.mean_a / total, self.mean_b / total
+        test, omega = right[:, : self.width], self.omega[:, : self.width]
+        error2 = self._norm2(test - mean_b @ (mean_a @ omega))
+        best_b, best_a = self._best_rank_r(right[:, self.width :], left)
+        return {
+            "ideal2": self._norm2(test),
+            "before2": error2,
+            "after2": error2,
+            # No rank-r average is below the floor, and the averaged factors are themselves of rank r.
+            "floor2": min(self._norm2(test - best_b @ (best_a @ omega)), error2),
+        }
+
+    def _norm2(self, image: Tensor) -> float:
+        return float(image.square().sum()) / self.width
+
+    def _best_rank_r(self, image: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+        q, _ = torch.linalg.qr(image)
+        core = torch.linalg.lstsq(self.psi @ q, left, driver="gelsd").solution  # (span, d_in): update ~ q core
+        u, s, vh = torch.linalg.svd(core, full_matrices=False)
+        r = self.rank
+        return q @ (u[:, :r] * s[:r]), vh[:r]
+
+
+class SketchedErrors:
+    """Streamed estimates of a round's squared norms, by layer; see `diagnostics.AggregationErrors` for the keys."""
+
+    def __init__(self, form: Adapter, width: int, seed: int) -> None:
+        self._layers = {name: _Layer(pair, width, seed, name) for name, pair in form.layers.items()}
+        self._total = 0.0
+        self.count = 0
+
+    def add(self, adapter: Adapter, weight: float) -> None:
+        """Fold one client's factors in."""
+        for name, layer in self._layers.items():
+            layer.add(adapter.layers[name], weight)
+        self._total += weight
+        self.count += 1
+
+    def layers(self) -> dict[str, dict[str, float]]:
+        """The estimates over all clients seen."""
+        return {name: layer.squares(self._total) for name, layer in self._layers.items()}

@@ -1,0 +1,55 @@
+"""Tokenised examples, kept once and shared by every client: flat arrays and offsets, no padding."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """N examples. Example i is tokens[offsets[i]:offsets[i + 1]]."""
+
+    tokens: NDArray[np.int32]  # (T)
+    segments: NDArray[np.uint8] | None  # (T) token type ids, for models that have them
+    offsets: NDArray[np.int64]  # (N + 1)
+    labels: NDArray[np.int64]  # (N)
+    pad: int  # token id that fills a batch up
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(N) tokens of each example."""
+        return np.diff(self.offsets)
+
+    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[dict[str, Tensor], Tensor]:
+        """These examples, padded to the longest of them: (model inputs of shape (n, longest), labels (n))."""
+        rows = np.asarray(indices)
+        longest = int(self.lengths[rows].max())
+        ids = np.full((len(rows), longest), self.pad, dtype=np.int64)
+        mask = np.zeros((len(rows), longest), dtype=np.int64)
+        types = np.zeros((len(rows), longest), dtype=np.int64)
+        for place, row in enumerate(rows):
+            start, stop = self.offsets[row], self.offsets[row + 1]
+            ids[place, : stop - start] = self.tokens[start:stop]
+            mask[place, : stop - start] = 1
+            if self.segments is not None:
+                types[place, : stop - start] = self.segments[start:stop]
+        inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        if self.segments is not None:
+            inputs["token_type_ids"] = torch.from_numpy(types)
+        return inputs, torch.from_numpy(self.labels[rows])
+
+    def fingerprint(self) -> str:
+        """A hash of all that training sees of these examples."""
+        digest = hashlib.blake2b(digest_size=16)
+        for array in (self.tokens, self.segments, self.offsets, self.labels):
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,93 @@
+"""Scoring an adapter on a split: the whole of it, and each client's part."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedrot.core.adapter import Adapter
+from fedrot.core.seeding import generator
+from fedrot.learning.encoding import Encoded
+from fedrot.learning.models import ResidentModel
+from fedrot.learning.tasks import classification
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one adapter, or of each client's own model, on one split."""
+
+    split: str
+    examples: int
+    scores: Mapping[str, float]  # accuracy, macro_f1, loss over all examples
+    model: str = "global"  # 'global', or 'personal' where every client was scored with its own head
+    clients: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def record(self) -> dict[str, object]:
+        """Plain values for metrics.jsonl, with the worst client and the spread (standard deviation) over clients."""
+        accuracies = [scores["accuracy"] for scores in self.clients.values()]
+        spread = {"worst": min(accuracies), "spread": float(np.std(accuracies))} if accuracies else {}
+        clients = {name: scores["accuracy"] for name, scores in self.clients.items()}
+        head = {"split": self.split, "examples": self.examples, "model": self.model}
+        return {**head, **self.scores, **spread, "by_client": clients}
+
+
+def chosen_rows(size: int, limit: int | None, seed: int, split: str) -> NDArray[np.int64]:
+    """The places that are scored: all, or a fixed subset that depends on the seed alone."""
+    if limit is None or limit >= size:
+        return np.arange(size)
+    return np.sort(torch.randperm(size, generator=generator(seed, "evaluate", split))[:limit].numpy())
+
+
+def predict(
+    model: ResidentModel, adapter: Adapter, data: Encoded, rows: NDArray[np.int64], batch: int, precision: str
+) -> tuple[Tensor, Tensor]:
+    """(predicted label, loss) of every row, both of shape (n), in the order of `rows`; batches are of like length."""
+    model.write(adapter)
+    predicted = torch.empty(len(rows), dtype=torch.int64)
+    losses = torch.empty(len(rows))
+    order = np.argsort(data.lengths[rows], kind="stable")
+    with torch.no_grad():
+        for start in range(0, len(rows), batch):
+            places = order[start : start + batch]
+            inputs, labels = data.batch(rows[places])
+            logits = model.logits(inputs, precision).float().cpu()
+            predicted[places] = logits.argmax(-1)
+            losses[places] = classification.loss(logits, labels, reduction="none")
+    return predicted, losses
+
+
+def evaluate(
+    model: ResidentModel,
+    adapters: Mapping[str, Adapter],
+    data: Encoded,
+    split: str,
+    parts: Mapping[str, NDArray[np.int64]],
+    rows: NDArray[np.int64],
+    batch: int,
+    precision: str,
+) -> Evaluation:
+    """Score `rows` of a split.
+
+    `parts` are the clients' places in the split, which cover it; a client without a row among `rows` has no score.
+    `adapters` is {'': the global adapter}, or one adapter a client when each has parameters of its own.
+    """
+    owner = np.empty(len(data), dtype=object)
+    for client, places in parts.items():
+        owner[places] = client
+    owners = owner[rows]
+    predicted, losses = torch.empty(len(rows), dtype=torch.int64), torch.empty(len(rows))
+    for client, adapter in adapters.items():
+        mine = np.arange(len(rows)) if client == "" else np.flatnonzero(owners == client)
+        if len(mine):
+            predicted[mine], losses[mine] = predict(model, adapter, data, rows[mine], batch, precision)
+    labels = torch.from_numpy(data.labels[rows])
+    clients = {}
+    for client in parts:
+        mine = np.flatnonzero(owners == client)
+        if len(mine):
+            clients[client] = classification.score(predicted[mine], labels[mine], losses[mine])
+    kind = "global" if "" in adapters else "personal"
+    return Evaluation(split, len(rows), classification.score(predicted, labels, losses), kind, clients)

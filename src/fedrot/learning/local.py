@@ -1,0 +1,104 @@
+"""The local steps of one client."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedrot.core.adapter import Adapter
+from fedrot.core.errors import FedrotError
+from fedrot.learning.batching import shuffled_batches
+from fedrot.learning.encoding import Encoded
+from fedrot.learning.models import ResidentModel
+from fedrot.learning.settings import LocalSettings
+from fedrot.learning.tasks import classification
+
+
+class LocalFailure(FedrotError):
+    """Local training that cannot give a usable adapter; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """A client's adapter after its steps."""
+
+    adapter: Adapter
+    used: int  # rows processed
+    steps: int
+    loss: float  # mean over the steps
+    tokens: int  # tokens in the batches, padding not counted
+
+
+def train_local(
+    model: ResidentModel,
+    adapter: Adapter,
+    data: Encoded,
+    indices: NDArray[np.int64],
+    settings: LocalSettings,
+    parts: frozenset[str],
+    key: tuple[int | str, ...],
+) -> LocalResult:
+    """Train `parts` of `adapter` on the client's examples `indices` of `data`.
+
+    `key` is (seed, round, client): batches and dropout masks come from it, so the result does not depend on what ran
+    before or on how many other clients there are. Raises `LocalFailure` when the loss is not finite.
+    """
+    model.write(adapter)
+    trained = [parameter for _, parameter in model.parameters(parts)]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    try:
+        return _steps(model, trained, data, indices, settings, key)
+    finally:
+        model.set_dropout_key(None)
+        for parameter in trained:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+def _steps(
+    model: ResidentModel,
+    trained: list[torch.nn.Parameter],
+    data: Encoded,
+    indices: NDArray[np.int64],
+    settings: LocalSettings,
+    key: tuple[int | str, ...],
+) -> LocalResult:
+    optimizer = _optimizer(trained, settings)
+    batches = shuffled_batches(data.lengths[indices], settings.batch, key)
+    steps = step_count(len(indices), settings)
+    losses, used, tokens = [], 0, 0
+    for step in range(steps):
+        rows = indices[next(batches)]
+        inputs, labels = data.batch(rows)
+        model.set_dropout_key((*key, "dropout", step))
+        logits = model.logits(inputs, settings.precision)
+        loss = classification.loss(logits, labels.to(logits.device))
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise LocalFailure(f"the loss is {losses[-1]} at local step {step}; lower local.lr or set local.clip")
+        torch.autograd.backward(loss)
+        if settings.clip is not None:
+            torch.nn.utils.clip_grad_norm_(trained, settings.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        used += len(rows)
+        tokens += int(data.lengths[rows].sum())
+    return LocalResult(model.read(), used, steps, sum(losses) / steps, tokens)
+
+
+def step_count(examples: int, settings: LocalSettings) -> int:
+    """Steps a round: as given, or as many as make up the epochs, at least one."""
+    if settings.steps is not None:
+        return settings.steps
+    return max(1, math.ceil((settings.epochs or 1.0) * examples / min(settings.batch, examples)))
+
+
+def _optimizer(trained: list[torch.nn.Parameter], settings: LocalSettings) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            trained, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+    return torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)

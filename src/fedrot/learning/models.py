@@ -1,0 +1,196 @@
+"""The base model with PEFT's adapters in it: loaded once, shared by every client; only factors and head are swapped."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedrot.core.adapter import Adapter, LoraPair, same_form
+from fedrot.core.errors import DataError, choices
+from fedrot.core.seeding import seed_of
+from fedrot.learning.dropout import KeyedDropout
+from fedrot.learning.fetch import fetched
+from fedrot.learning.settings import LoraSettings, ModelSettings
+
+_PEFT_NAME = "default"
+
+
+class ResidentModel:
+    """A sequence classifier with LoRA layers. Read and write its adapter; call it for logits.
+
+    `tokenizer` belongs to it. The base weights are frozen and stay as they were loaded.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        from peft.tuners.lora import LoraLayer
+        from peft.utils.other import ModulesToSaveWrapper
+
+        self.model = model
+        self.tokenizer = tokenizer
+        self._lora: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        self._form: dict[str, tuple[float, bool]] = {}  # layer -> (scale, fan_in_fan_out)
+        self._head: dict[str, nn.Parameter] = {}
+        self._dropouts: list[KeyedDropout] = []
+        inner = model.base_model.model
+        for name, module in inner.named_modules():
+            if isinstance(module, LoraLayer):
+                weights = module.lora_A[_PEFT_NAME].weight, module.lora_B[_PEFT_NAME].weight
+                self._lora[name] = weights
+                self._form[name] = float(module.scaling[_PEFT_NAME]), bool(getattr(module, "fan_in_fan_out", False))
+                old = module.lora_dropout[_PEFT_NAME]
+                dropout = KeyedDropout(getattr(old, "p", 0.0), name)
+                module.lora_dropout[_PEFT_NAME] = dropout
+                self._dropouts.append(dropout)
+            elif isinstance(module, ModulesToSaveWrapper):
+                for key, parameter in module.modules_to_save[_PEFT_NAME].named_parameters():
+                    self._head[f"{name}.{key}"] = parameter
+        model.eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        own = {id(p) for _, p in self.parameters(frozenset({"a", "b", "head"}))}
+        self._base = {n: p for n, p in inner.named_parameters() if id(p) not in own}
+
+    def read(self) -> Adapter:
+        """A copy of the adapter that is in the model now."""
+        layers = {
+            name: LoraPair(a.detach().clone(), b.detach().clone(), *self._form[name])
+            for name, (a, b) in self._lora.items()
+        }
+        return Adapter(layers, {n: p.detach().clone() for n, p in self._head.items()}, self.config())
+
+    def write(self, adapter: Adapter) -> None:
+        """Put an adapter of this model's form into it."""
+        with torch.no_grad():
+            for name, (a, b) in self._lora.items():
+                a.copy_(adapter.layers[name].a)
+                b.copy_(adapter.layers[name].b)
+            for name, parameter in self._head.items():
+                parameter.copy_(adapter.head[name])
+
+    def parameters(self, parts: frozenset[str]) -> list[tuple[str, nn.Parameter]]:
+        """(flat name, parameter) of the adapter's parts 'a', 'b', 'head'."""
+        found: list[tuple[str, nn.Parameter]] = []
+        for name, (a, b) in self._lora.items():
+            found += [(f"layers/{name}/a", a)] if "a" in parts else []
+            found += [(f"layers/{name}/b", b)] if "b" in parts else []
+        return found + ([(f"head/{n}", p) for n, p in self._head.items()] if "head" in parts else [])
+
+    def set_dropout_key(self, key: tuple[int | str, ...] | None) -> None:
+        """Switch LoRA dropout on with masks of this name, or off."""
+        for dropout in self._dropouts:
+            dropout.key = key
+
+    def logits(self, inputs: Mapping[str, Tensor], precision: str) -> Tensor:
+        """(n, labels) for a padded batch; `precision` is 'fp32' or 'bf16' (autocast)."""
+        device = next(iter(self._base.values())).device
+        moved = {name: tensor.to(device) for name, tensor in inputs.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            out: Tensor = self.model(**moved).logits
+        return out
+
+    def config(self) -> dict[str, Any]:
+        """What adapter_config.json needs, as plain values."""
+        config = self.model.peft_config[_PEFT_NAME].to_dict()
+        plain = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()}
+        return plain | {"inference_mode": True}
+
+    def fingerprint(self) -> str:
+        """A hash of the base weights: two sites with the same one hold the same base model."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(self._base):
+            digest.update(name.encode())
+            digest.update(self._base[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def fit(self, adapter: Adapter, where: str) -> Adapter:
+        """`adapter`, which came from elsewhere, as one for this model; `DataError` naming `where` if it is not."""
+        mine = self.read()
+        try:
+            same_form(adapter, mine, who=where)
+        except ValueError as problem:
+            raise DataError(f"{problem} (the model with the recipe's lora settings)") from None
+        for name, pair in mine.layers.items():
+            if abs(adapter.layers[name].scale - pair.scale) > 1e-9 * pair.scale:
+                raise DataError(
+                    f"{where}: layer {name!r} has scale {adapter.layers[name].scale:g}, the recipe's lora settings "
+                    f"give {pair.scale:g} (alpha / r); set lora.alpha to match"
+                )
+        filled = mine.with_tensors({n: t.to(torch.float32) for n, t in adapter.tensors()})
+        return replace(filled, config=mine.config)
+
+
+def model_path(settings: ModelSettings) -> str:
+    """The folder or hub name that transformers is given."""
+    if not settings.path:
+        raise DataError("model.path: give a local folder, a hub name, or fetch:NAME (see `fedrot data`)")
+    if settings.path.startswith("fetch:"):
+        return str(fetched(settings.path.removeprefix("fetch:")))
+    if settings.path.startswith((".", "/", "~")) and not Path(settings.path).expanduser().is_dir():
+        raise DataError(f"{settings.path}: no such model folder (model.path)")
+    return str(Path(settings.path).expanduser()) if settings.path.startswith("~") else settings.path
+
+
+def load_model(settings: ModelSettings, lora: LoraSettings, labels: Sequence[str], seed: int) -> ResidentModel:
+    """Load base model and tokenizer and inject fresh adapters; factors and head start from `seed` alone.
+
+    Raises `DataError` naming the recipe key: a model that cannot be loaded, targets that it does not have.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
+
+    path = model_path(settings)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_of(seed, "start"))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=settings.revision)
+            base = AutoModelForSequenceClassification.from_pretrained(
+                path,
+                revision=settings.revision,
+                num_labels=len(labels),
+                id2label=dict(enumerate(labels)),
+                label2id={name: i for i, name in enumerate(labels)},
+                dtype=getattr(torch, settings.dtype),
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as problem:
+            raise DataError(f"{path}: the model cannot be loaded ({_first_line(problem)}); see model.path") from None
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        base.config.pad_token_id = tokenizer.pad_token_id
+        config = LoraConfig(
+            task_type=TaskType.SEQ_CLS,
+            r=lora.rank,
+            lora_alpha=lora.alpha if lora.alpha is not None else 2 * lora.rank,  # type: ignore[arg-type]
+            lora_dropout=lora.dropout,
+            target_modules=lora.targets,
+            use_rslora=lora.rslora,
+        )
+        linear = sorted({n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear)})
+        try:
+            model = get_peft_model(base, config)
+        except ValueError as problem:
+            raise DataError(
+                f"lora.targets: {lora.targets or 'the default'} fits no layer of {settings.path} "
+                f"({_first_line(problem)}); its linear layers are {choices(linear)}"
+            ) from None
+        resident = ResidentModel(model.float() if settings.dtype == "float32" else _float_adapter(model), tokenizer)
+    model.peft_config[_PEFT_NAME].base_model_name_or_path = path
+    return resident
+
+
+def _float_adapter(model: nn.Module) -> nn.Module:
+    """Factors and head in float32 over a half-precision base."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _first_line(problem: BaseException) -> str:
+    return str(problem).strip().splitlines()[0][:160] if str(problem).strip() else type(problem).__name__

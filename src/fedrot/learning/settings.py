@@ -1,0 +1,131 @@
+"""Settings of the learning floor: plain frozen records that import nothing heavy."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The base model that every client holds."""
+
+    path: str = ""
+    """A local folder, a hub name, or fetch:NAME for what `fedrot data fetch NAME` brought into the cache."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; null is its default branch."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """How the frozen base weights are held; factors and head are float32 always."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The adapter."""
+
+    rank: int = 4
+    """Rank r of every adapted layer."""
+    alpha: float | None = None
+    """LoRA alpha; the update is scaled by alpha / r (rsLoRA: alpha / sqrt(r)). Null is 2 r."""
+    dropout: float = 0.05
+    """Dropout on the input of the adapted path, in [0, 1). The base model's own dropout is off."""
+    targets: list[str] | None = None
+    """Names of the layers to adapt, e.g. [query, value]; null is PEFT's default for the base model."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r."""
+    head: Literal["shared", "personal", "frozen"] = "shared"
+    """The classification head: trained and averaged; trained and kept by each client; or left at its start."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the examples come from."""
+
+    source: Literal["files", "glue", "vader"] = "files"
+    """files: CSV, TSV, JSONL or parquet with named columns; glue: a GLUE task; vader: the VADER sentiment corpus."""
+    name: Literal["sst2", "qnli", "qqp", "rte", "mnli"] | None = None
+    """The GLUE task."""
+    path: str | None = None
+    """A folder: of the files below, of a GLUE task's own files, or of the unpacked VADER corpus. Null: paths as they
+    stand, the hub, or the cache."""
+    train: str | None = None
+    """File of training examples (source files)."""
+    validation: str | None = None
+    """File of validation examples; null holds out a part of the training examples."""
+    test: str | None = None
+    """File of test examples, if any."""
+    text: str = "text"
+    """Column of the text, or of the first of two."""
+    pair: str | None = None
+    """Column of the second text, if any."""
+    label: str = "label"
+    """Column of the label."""
+    group: str | None = None
+    """Column that says where an example comes from, for partition.kind column."""
+    columns: list[str] | None = None
+    """Names of the columns of CSV or TSV files that have no header line."""
+    holdout: float = 0.1
+    """Share of the training examples that is held out where there is no validation file; the choice depends on the
+    text alone, so equal texts stay on one side."""
+    limit: int | None = None
+    """At most this many training examples, drawn with the recipe's seed; null: all."""
+    max_length: int = 128
+    """Tokens an example is cut to."""
+
+
+@dataclass(frozen=True)
+class PartitionSettings:
+    """Who gets which example. Evaluation splits are divided by the same rule, for scores by client."""
+
+    kind: Literal["iid", "dirichlet", "column", "size"] = "iid"
+    """iid: at random in equal parts; dirichlet: label shares drawn a client; column: a client for every value of
+    data.group; size: at random in the given proportions."""
+    clients: int | None = None
+    """Number of clients (not for column)."""
+    concentration: float = 0.5
+    """Dirichlet concentration: small is uneven, large is even."""
+    minimum: int = 1
+    """Least number of training examples a client; a Dirichlet draw that gives less is drawn again."""
+    redraws: int = 1000
+    """How often to draw again before giving up."""
+    sizes: list[float] | None = None
+    """Proportions of the clients' parts (kind size)."""
+    seed: int | None = None
+    """Seed of the partition; null is the recipe's."""
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """Local training of one client in one round. The optimizer starts afresh each round."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW or SGD."""
+    lr: float = 2e-3
+    """Learning rate."""
+    momentum: float = 0.0
+    """Momentum of SGD."""
+    weight_decay: float = 0.0
+    """Weight decay."""
+    batch: int = 16
+    """Examples a step; a client with fewer uses all it has."""
+    steps: int | None = None
+    """Steps a round. Give this or epochs."""
+    epochs: float | None = None
+    """Passes over the client's examples a round. Give this or steps."""
+    clip: float | None = 1.0
+    """Largest norm of a step's gradient; null: no clipping."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of forward and backward: float32, or autocast to bfloat16 with float32 factors."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """When and on what the global adapter is scored."""
+
+    split: str = "validation"
+    """Split scored during the run."""
+    every: int = 1
+    """Score after every n-th round, and after the last."""
+    final: str | None = None
+    """Split scored once, after the last round, e.g. test; null: none."""
+    limit: int | None = None
+    """Score on a fixed subset of this many examples; null: all."""
+    batch: int = 64
+    """Examples a batch."""
