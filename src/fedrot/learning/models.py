@@ -1,6 +1,7 @@
 """The base model with PEFT's adapters in it: loaded once, shared by every client; only factors and head are swapped."""
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -146,7 +147,9 @@ def load_model(settings: ModelSettings, lora: LoraSettings, labels: Sequence[str
     path = model_path(settings)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # The libraries warn about each other's deprecations, which a user of fedrot can do nothing about.
+        warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(seed_of(seed, "start"))
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, revision=settings.revision)

@@ -1,0 +1,156 @@
+"""A run's state on disk: safetensors beside JSON, a folder a round, each complete or absent.
+
+A round's folder is written under another name, flushed and then renamed, so a kill at any moment leaves the last
+complete round in place. The JSON holds the tensors' hash: damage is seen before anything is used.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedrot.core.adapter import Adapter, LoraPair
+from fedrot.core.errors import RunError
+from fedrot.core.files import read_tensors, tensor_bytes
+from fedrot.core.methods.base import Broadcast, ClientState, ServerState
+
+FORMAT = 1
+_TENSORS, _STATE = "state.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on after `rounds` complete rounds."""
+
+    server: ServerState
+    clients: Mapping[str, ClientState] = field(default_factory=dict)  # kept by clients that live in this process
+
+    @property
+    def rounds(self) -> int:
+        """Number of complete rounds."""
+        return self.server.broadcast.round
+
+
+def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a checkpoint below `root` and drop all but the `keep` latest. Raises `OSError`, e.g. on a full disk; what
+    was written before is then untouched.
+    """
+    tensors: dict[str, Tensor] = {}
+    broadcast = checkpoint.server.broadcast
+    forms = {
+        role: _pack(adapter, role, tensors)
+        for role, adapter in (
+            ("adapter", broadcast.adapter),
+            ("reference", broadcast.reference),
+            ("base_delta", broadcast.base_delta),
+        )
+        if adapter is not None
+    }
+    tensors |= {f"memory/{name}": tensor for name, tensor in checkpoint.server.memory.items()}
+    clients = sorted(checkpoint.clients)
+    for number, client in enumerate(clients):
+        tensors |= {f"client/{number}/{name}": t for name, t in checkpoint.clients[client].items()}
+    blob = tensor_bytes(tensors)
+    state = {
+        "format": FORMAT,
+        "rounds": checkpoint.rounds,
+        "sha256": hashlib.sha256(blob).hexdigest(),
+        "forms": forms,
+        "clients": clients,
+    }
+    root.mkdir(parents=True, exist_ok=True)
+    folder, partial = root / f"round-{checkpoint.rounds:06d}", root / f".partial-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        _write(partial / _TENSORS, blob)
+        _write(partial / _STATE, json.dumps(state, indent=1).encode())
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _flush_folder(root)
+    for old in saved_rounds(root)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def saved_rounds(root: Path) -> list[Path]:
+    """The complete checkpoints below `root`, oldest first."""
+    return sorted(path for path in root.glob("round-*") if path.is_dir())
+
+
+def load_latest(root: Path) -> Checkpoint | None:
+    """The latest checkpoint, None where there is none yet. Raises `RunError` naming a damaged file and the way out."""
+    found = saved_rounds(root)
+    if not found:
+        return None
+    try:
+        return _load(found[-1])
+    except RunError as problem:
+        older = f"delete that folder to go on from {found[-2].name}" if len(found) > 1 else "start the run anew"
+        raise RunError(f"{problem}; {older}") from None
+
+
+def _load(folder: Path) -> Checkpoint:
+    path = folder / _STATE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        expected, forms, clients = state["sha256"], state["forms"], state["clients"]
+        version = state["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(f"{path}: the checkpoint is damaged (not the JSON that was written)") from None
+    if version != FORMAT:
+        raise RunError(f"{path}: checkpoint format {version!r}, this version of fedrot reads {FORMAT}")
+    path = folder / _TENSORS
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as problem:
+        raise RunError(f"{path}: the checkpoint is damaged ({problem.strerror})") from None
+    if digest != expected:
+        raise RunError(f"{path}: the checkpoint is damaged (its sha256 is not the one in {_STATE})")
+    tensors = read_tensors(path, RunError)
+    roles = {role: _unpack(form, role, tensors) for role, form in forms.items()}
+    broadcast = Broadcast(state["rounds"], roles["adapter"], roles.get("reference"), roles.get("base_delta"))
+    states = {client: _below(f"client/{number}/", tensors) for number, client in enumerate(clients)}
+    return Checkpoint(ServerState(broadcast, _below("memory/", tensors)), states)
+
+
+def _pack(adapter: Adapter, role: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    tensors |= {f"{role}/{name}": tensor for name, tensor in adapter.tensors()}
+    layers = {name: [pair.scale, pair.fan_in_fan_out] for name, pair in adapter.layers.items()}
+    return {"layers": layers, "head": list(adapter.head), "config": dict(adapter.config)}
+
+
+def _unpack(form: Mapping[str, Any], role: str, tensors: Mapping[str, Tensor]) -> Adapter:
+    layers = {
+        name: LoraPair(tensors[f"{role}/layers/{name}/a"], tensors[f"{role}/layers/{name}/b"], scale, flag)
+        for name, (scale, flag) in form["layers"].items()
+    }
+    return Adapter(layers, {name: tensors[f"{role}/head/{name}"] for name in form["head"]}, form["config"])
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

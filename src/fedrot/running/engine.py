@@ -1,0 +1,37 @@
+"""What rounds.py asks of an engine, whatever it runs on."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedrot.core.adapter import Adapter
+from fedrot.core.methods.base import Broadcast, ClientState, Upload
+from fedrot.learning.evaluation import Evaluation
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that gave no upload, and why."""
+
+    client: str
+    reason: str
+
+
+class Engine(Protocol):
+    """Runs clients. `train` yields each client's upload or failure as it comes, in any order."""
+
+    @property
+    def clients(self) -> Sequence[str]:
+        """Every client's name, sorted."""
+
+    def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Upload | Failure]:
+        """One round of local training by these clients."""
+
+    def evaluate(self, adapter: Adapter, split: str) -> Evaluation:
+        """Score the global adapter, or each client's own model where heads are personal."""
+
+    def states(self) -> Mapping[str, ClientState]:
+        """What the clients in this process keep between rounds, for the checkpoint."""
+
+    def restore(self, states: Mapping[str, ClientState]) -> None:
+        """Put back what `states` gave."""

@@ -1,0 +1,81 @@
+"""From a recipe to what a run works on: examples, partition, model, encoded splits."""
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from fedrot.core.adapter import Adapter
+from fedrot.core.errors import DataError, choices
+from fedrot.learning.data import Dataset, read_dataset
+from fedrot.learning.encoding import Encoded
+from fedrot.learning.models import ResidentModel, load_model
+from fedrot.learning.partition import Partition, divide
+from fedrot.learning.tasks import classification
+from fedrot.running.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything loaded, encoded and divided."""
+
+    dataset: Dataset
+    partition: Partition
+    model: ResidentModel
+    encoded: dict[str, Encoded]
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be resumed: base model and data, by hash."""
+        return {
+            "model": self.model.fingerprint(),
+            "data": {split: data.fingerprint() for split, data in self.encoded.items()},
+        }
+
+
+def divided(recipe: Recipe) -> tuple[Dataset, Partition]:
+    """The examples and who gets which; `DataError` where an evaluation split is missing."""
+    dataset = read_dataset(recipe.data, recipe.seed)
+    for key, split in (("evaluation.split", recipe.evaluation.split), ("evaluation.final", recipe.evaluation.final)):
+        if split is not None and split not in dataset.splits:
+            raise DataError(f"{key}: the data has no split {split!r}; choose {choices(dataset.splits)}")
+    return dataset, divide(dataset, recipe.partition, recipe.seed)
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Read and divide the data, load the model, encode the splits that are used."""
+    dataset, partition = divided(recipe)
+    model = load_model(recipe.model, recipe.lora, dataset.labels, recipe.seed)
+    wanted = {"train", recipe.evaluation.split, recipe.evaluation.final}
+    encoded = {
+        split: classification.encode(model.tokenizer, rows, recipe.data.max_length)
+        for split, rows in dataset.splits.items()
+        if split in wanted
+    }
+    return Prepared(dataset, partition, model, encoded)
+
+
+def first_adapter(recipe: Recipe, model: ResidentModel) -> Adapter:
+    """The adapter of round 0: fresh from the seed, or the one that `init` names."""
+    if recipe.init is None:
+        return model.read()
+    return model.fit(Adapter.load(recipe.init), where=recipe.init)
+
+
+def available_threads() -> int:
+    """Cores that this process may use, or OMP_NUM_THREADS where it is set."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else len(os.sched_getaffinity(0))
+
+
+def versions() -> dict[str, str]:
+    """The software that a run depends on, and the machine's kind."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "machine": platform.machine()}
+    for package in ("fedrot", "torch", "transformers", "peft", "datasets", "numpy", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found | {"threads": str(torch.get_num_threads())}

@@ -1,0 +1,176 @@
+"""The recipe: everything a run depends on, typed, checked, read from YAML or JSON and written back resolved.
+
+The keys of a recipe, the flags of `fedrot run` and its help all come from the settings records of the floors and of
+the method; nothing is declared twice.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from fedrot.core.errors import RecipeError
+from fedrot.core.methods import Method, get_method
+from fedrot.core.methods.rotation import FedRot
+from fedrot.core.settings import CheckSettings, DiagnosticsSettings
+from fedrot.learning.settings import (
+    DataSettings,
+    EvaluationSettings,
+    LocalSettings,
+    LoraSettings,
+    ModelSettings,
+    PartitionSettings,
+)
+from fedrot.running.settings import CheckpointSettings, FederationSettings, TrackingSettings
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A federated fine-tuning run. A run is a function of its recipe and the data."""
+
+    name: str = "run"
+    """Name of the run; its folder is runs/NAME unless --out says otherwise."""
+    seed: int = 0
+    """Seed of every random choice."""
+    rounds: int = 10
+    """Number of rounds. They are counted from 0, as in the paper."""
+    threads: int | None = None
+    """Threads of the arithmetic; null is the number of cores this process may use, written in the resolved recipe."""
+    init: str | None = None
+    """Folder of a PEFT adapter to start from; null starts afresh from the seed."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    partition: PartitionSettings = field(default_factory=PartitionSettings)
+    local: LocalSettings = field(default_factory=LocalSettings)
+    federation: FederationSettings = field(default_factory=FederationSettings)
+    method: Method = field(default_factory=FedRot)
+    checks: CheckSettings = field(default_factory=CheckSettings)
+    diagnostics: DiagnosticsSettings = field(default_factory=DiagnosticsSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+
+    def __post_init__(self) -> None:
+        for key, good, must in _rules(self):
+            if not good:
+                raise RecipeError(f"{key} must be {must}, got {value_at(self.to_dict(), key)!r}")
+        _cross_checks(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as YAML and JSON hold them; `from_dict` is the inverse."""
+        plain = asdict(self)
+        plain["method"] = {"name": self.method.name, **self.method.settings()}
+        return plain
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> "Recipe":
+        """From complete or partial nested values of the right types; see `recipe_file.parse_recipe` for checked ones."""
+        known = {f.name: f for f in fields(cls)}
+        made: dict[str, Any] = {}
+        for key, value in values.items():
+            if key == "method":
+                settings = dict(value)
+                made[key] = get_method(settings.pop("name", FedRot.name))(**settings)
+            elif key in SECTIONS:
+                made[key] = SECTIONS[key](**value)
+            elif key in known:
+                made[key] = value
+            else:
+                raise RecipeError(f"{key}: there is no such recipe key")
+        return cls(**made)
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelSettings,
+    "lora": LoraSettings,
+    "data": DataSettings,
+    "partition": PartitionSettings,
+    "local": LocalSettings,
+    "federation": FederationSettings,
+    "checks": CheckSettings,
+    "diagnostics": DiagnosticsSettings,
+    "evaluation": EvaluationSettings,
+    "checkpoint": CheckpointSettings,
+    "tracking": TrackingSettings,
+}
+
+
+def value_at(plain: Mapping[str, Any], key: str) -> Any:
+    """plain['a']['b'] for key 'a.b'; None where there is none."""
+    value: Any = plain
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def flatten(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in plain.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _rules(r: Recipe) -> Iterator[tuple[str, bool, str]]:
+    """(key, holds, what it must be) for every value with a range of its own. NaN fails every comparison."""
+    inf = float("inf")
+    yield "name", bool(r.name) and "/" not in r.name and r.name not in (".", ".."), "a name without '/'"
+    yield "rounds", r.rounds >= 1, "at least 1"
+    yield "threads", r.threads is None or r.threads >= 1, "at least 1, or null"
+    yield "lora.rank", r.lora.rank >= 1, "at least 1"
+    yield "lora.alpha", r.lora.alpha is None or 0 < r.lora.alpha < inf, "positive, or null"
+    yield "lora.dropout", 0 <= r.lora.dropout < 1, "in [0, 1)"
+    yield "data.holdout", 0 < r.data.holdout < 1, "between 0 and 1"
+    yield "data.limit", r.data.limit is None or r.data.limit >= 1, "at least 1, or null"
+    yield "data.max_length", r.data.max_length >= 4, "at least 4"
+    yield "partition.clients", r.partition.clients is None or r.partition.clients >= 1, "at least 1, or null"
+    yield "partition.concentration", 0 < r.partition.concentration < inf, "positive"
+    yield "partition.minimum", r.partition.minimum >= 1, "at least 1"
+    yield "partition.redraws", r.partition.redraws >= 1, "at least 1"
+    yield "local.lr", 0 < r.local.lr < inf, "positive"
+    yield "local.momentum", 0 <= r.local.momentum < 1, "in [0, 1)"
+    yield "local.weight_decay", 0 <= r.local.weight_decay < inf, "at least 0"
+    yield "local.batch", r.local.batch >= 1, "at least 1"
+    yield "local.steps", r.local.steps is None or r.local.steps >= 1, "at least 1, or null"
+    yield "local.epochs", r.local.epochs is None or 0 < r.local.epochs < inf, "positive, or null"
+    yield "local.clip", r.local.clip is None or 0 < r.local.clip < inf, "positive, or null"
+    yield "federation.participation", 0 < r.federation.participation <= 1, "in (0, 1]"
+    yield "federation.quorum", 0 < r.federation.quorum <= 1, "in (0, 1]"
+    yield "checks.max_norm", r.checks.max_norm is None or 0 < r.checks.max_norm < inf, "positive, or null"
+    yield "diagnostics.every", r.diagnostics.every >= 0, "at least 0"
+    yield "diagnostics.exact_clients", r.diagnostics.exact_clients >= 0, "at least 0"
+    yield "diagnostics.sketch_width", r.diagnostics.sketch_width >= 1, "at least 1"
+    yield "evaluation.every", r.evaluation.every >= 1, "at least 1"
+    yield "evaluation.limit", r.evaluation.limit is None or r.evaluation.limit >= 1, "at least 1, or null"
+    yield "evaluation.batch", r.evaluation.batch >= 1, "at least 1"
+    yield "checkpoint.keep", r.checkpoint.keep >= 1, "at least 1"
+
+
+def _cross_checks(r: Recipe) -> None:
+    """Refuse combinations that cannot work, with the reason and the choices."""
+    if (r.local.steps is None) == (r.local.epochs is None):
+        raise RecipeError("local: give exactly one of local.steps and local.epochs")
+    if r.local.optimizer != "sgd" and r.local.momentum:
+        raise RecipeError("local.momentum is for local.optimizer sgd; adamw has its own")
+    if r.model.dtype == "bfloat16" and r.local.precision != "bf16":
+        raise RecipeError("model.dtype bfloat16 needs local.precision bf16")
+    if r.data.source == "glue" and r.data.name is None:
+        raise RecipeError("data.name: give the GLUE task (source glue): sst2, qnli, qqp, rte or mnli")
+    if r.data.source == "files" and r.data.train is None:
+        raise RecipeError("data.train: give the file of training examples (source files)")
+    if r.partition.kind == "column" and r.data.source == "files" and r.data.group is None:
+        raise RecipeError("data.group: name the column that partition.kind column divides by")
+    if r.partition.kind in ("iid", "dirichlet") and r.partition.clients is None:
+        raise RecipeError(f"partition.clients: give the number of clients (kind {r.partition.kind})")
+    needs = r.method.capabilities
+    # What this version's engine cannot give a method yet; a method that asks for it is refused here, not mid-run.
+    for wanted, what in (
+        (needs.changes_base, "a base model that changes between rounds"),
+        (needs.mixed_ranks, "clients of different rank"),
+        (needs.second_phase, "a second phase in a round"),
+    ):
+        if wanted:
+            raise RecipeError(f"method.name: {r.method.name} needs {what}, which the simulation does not offer")

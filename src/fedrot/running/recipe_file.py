@@ -1,0 +1,180 @@
+"""YAML, JSON and command-line flags to a checked `Recipe`, and back to YAML."""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from fedrot.core.errors import RecipeError, choices
+from fedrot.core.methods import Method, get_method, methods
+from fedrot.core.methods.rotation import FedRot
+from fedrot.running.recipe import SECTIONS, Recipe, flatten, value_at
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def recipe_parser(method: type[Method], **options: Any) -> ArgumentParser:
+    """A parser whose flags are the recipe's keys, with the settings of one method under `method`."""
+    parser = ArgumentParser(exit_on_error=False, default_env=False, **options)
+    parser.add_class_arguments(Recipe, skip={"method", *SECTIONS}, fail_untyped=True)
+    for name, settings in SECTIONS.items():
+        parser.add_class_arguments(settings, name)
+    parser.add_argument("--method.name", type=Literal[tuple(methods())], default=method.name, help="aggregation method")
+    parser.add_class_arguments(method, "method")
+    return parser
+
+
+def read_recipe(path: Path, flags: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, flags winning over the file. Raises `RecipeError` naming the file and the key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe file") from None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise RecipeError(f"{path}: cannot be read ({problem})") from None
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except yaml.YAMLError as problem:
+        where = getattr(problem, "problem_mark", None)
+        line = f"line {where.line + 1}: " if where else ""
+        raise RecipeError(f"{path}: {line}not valid YAML ({getattr(problem, 'problem', None) or problem})") from None
+    except json.JSONDecodeError as problem:
+        raise RecipeError(f"{path}: line {problem.lineno}: not valid JSON ({problem.msg})") from None
+    if values is None:
+        raise RecipeError(f"{path}: the file is empty; a recipe needs model, data and local at least")
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"{path}: holds a {type(values).__name__}, not keys and values")
+    return parse_recipe(values, flags, source=str(path))
+
+
+def parse_recipe(values: Mapping[str, Any], flags: Sequence[str] = (), source: str = "recipe") -> Recipe:
+    """Check nested values and flags (`--local.lr 0.01`) and make the recipe of them."""
+    values = {key: dict(v) if isinstance(v, Mapping) else v for key, v in values.items()}
+    method = _choose_method(values, flags, source)
+    _known_keys(values, method, source)
+    parser = recipe_parser(method)
+    try:
+        parsed = parser.parse_args(list(flags), namespace=parser.parse_object(values))
+    except ArgumentError as problem:
+        raise RecipeError(f"{source}: {explain(str(problem), method)}") from None
+    plain = plain_values(parsed)
+    for key, value in flatten(plain).items():
+        if value is None and NoneType not in get_args(_type_of(key, method)):
+            raise RecipeError(f"{source}: {key} must be {describe(_type_of(key, method))}, got null")
+    try:
+        return Recipe.from_values(plain)
+    except RecipeError as problem:
+        raise RecipeError(f"{source}: {problem}") from None
+
+
+def plain_values(parsed: Namespace) -> dict[str, Any]:
+    """A parsed namespace as nested plain values."""
+    return {key: value for key, value in parsed.as_dict().items() if key in {*SECTIONS, "method", *_TOP}}
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _choose_method(values: dict[str, Any], flags: Sequence[str], source: str) -> type[Method]:
+    """The method whose settings the recipe holds. Settings in the file belong to the method named in the file: where
+    a flag names another one, they are left out.
+    """
+    section = values.get("method", {})
+    if not isinstance(section, dict):
+        raise RecipeError(f"{source}: method must hold keys and values, got {section!r}")
+    in_file = section.get("name", FedRot.name)
+    asked = [
+        flag.partition("=")[2] if "=" in flag else (list(flags) + [""])[i + 1]
+        for i, flag in enumerate(flags)
+        if flag == "--method.name" or flag.startswith("--method.name=")
+    ]
+    try:
+        method = get_method(str(asked[-1] if asked else in_file))
+    except RecipeError as problem:
+        raise RecipeError(f"{source}: {problem}") from None
+    if method.name != in_file:
+        values["method"] = {"name": method.name}
+    return method
+
+
+_TOP = tuple(f.name for f in fields(Recipe) if f.name not in SECTIONS and f.name != "method")
+
+
+def _known_keys(values: Mapping[str, Any], method: type[Method], source: str) -> None:
+    sections: dict[str, list[str]] = {name: list(get_type_hints(kind)) for name, kind in SECTIONS.items()}
+    sections["method"] = ["name", *(f.name for f in fields(method))]
+    for key, value in values.items():
+        if key in _TOP:
+            continue
+        if key not in sections:
+            raise RecipeError(f"{source}: {key}: there is no such recipe key{_nearest(str(key), [*_TOP, *sections])}")
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"{source}: {key} must hold keys and values ({choices(sections[key])}), got {value!r}")
+        for inner in value:
+            if inner not in sections[key]:
+                of = f" of method {method.name}" if key == "method" else ""
+                hint = _nearest(str(inner), sections[key])
+                raise RecipeError(f"{source}: {key}.{inner}: there is no such recipe key{of}{hint}")
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; choose {choices(known)}"
+
+
+def explain(message: str, method: type[Method]) -> str:
+    """A parser's message as one line that names the key, what it must be and what it was."""
+    match = re.search(r'[Pp]arser key "([\w.]+)"', message)
+    value = re.search(r"(?:Got value|Given value): (.*)", message)
+    if match and value:
+        return f"{match[1]} must be {describe(_type_of(match[1], method))}, got {value[1].strip()!r}"
+    unknown = re.search(r"[Uu]nrecognized arguments: (--[^\s=]+)", message)
+    if unknown:
+        known = ["--" + key for key in _flag_names(method)]
+        return f"{unknown[1]}: there is no such option{_nearest(unknown[1], known)}"
+    return " ".join(message.split())
+
+
+def _flag_names(method: type[Method]) -> list[str]:
+    inner = [f"{name}.{key}" for name, kind in SECTIONS.items() for key in get_type_hints(kind)]
+    return [*_TOP, *inner, "method.name", *(f"method.{f.name}" for f in fields(method))]
+
+
+def _type_of(key: str, method: type[Method]) -> Any:
+    section, _, inner = key.partition(".")
+    if key == "method.name":
+        return Literal[tuple(methods())]
+    holder = Recipe if not inner else method if section == "method" else SECTIONS.get(section, Recipe)
+    return get_type_hints(holder).get(inner or section, Any)
+
+
+def describe(kind: Any) -> str:
+    """A type in words: 'a whole number or null'."""
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "null"}
+    if kind in words:
+        return words[kind]
+    if get_origin(kind) is Literal:
+        return choices(get_args(kind))
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(describe(part) for part in get_args(kind))
+    if get_origin(kind) is list:
+        return f"a list (each {describe(get_args(kind)[0])})"
+    return str(kind)
+
+
+def changed_key(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """(key, old value, new value) of the first difference between two resolved recipes, or None."""
+    keys = [*flatten(old), *(key for key in flatten(new) if key not in flatten(old))]
+    for key in keys:
+        if value_at(old, key) != value_at(new, key):
+            return key, value_at(old, key), value_at(new, key)
+    return None

@@ -1,0 +1,111 @@
+"""A whole run: from a recipe to a run folder with an adapter in it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedrot.core.errors import RunError
+from fedrot.core.methods.base import ServerState
+from fedrot.running.checkpoint import Checkpoint, load_latest, save_checkpoint
+from fedrot.running.folder import RunFolder
+from fedrot.running.prepare import Prepared, available_threads, first_adapter, prepare, versions
+from fedrot.running.recipe import Recipe
+from fedrot.running.rounds import Watcher, play
+from fedrot.running.simulation import Simulation
+from fedrot.running.tracking import Trackers
+
+
+def run(recipe: Recipe, out: Path, watcher: Watcher, resume: bool = False) -> RunFolder:
+    """Run `recipe` in the folder `out`, or go on with the run that is there.
+
+    Raises `FedrotError` with one line for whatever the user can mend; rounds that were finished stay on disk.
+    """
+    folder = RunFolder(out)
+    if resume:
+        recipe = folder.reopen(recipe)
+    else:
+        recipe = replace(recipe, threads=recipe.threads or available_threads())
+        if (out / "recipe.yaml").exists():
+            folder.create(recipe)  # says that a run is there, before anything slow is done
+    torch.set_num_threads(recipe.threads or 1)
+    try:
+        prepared = prepare(recipe)
+        state = first_adapter(recipe, prepared.model)  # the inputs are all read before anything is written
+        if not resume:
+            folder.create(recipe)
+        engine = Simulation(recipe, prepared.model, prepared.encoded, prepared.partition)
+        checkpoint = _begin(folder, recipe, prepared) if resume else None
+        if checkpoint is None:
+            _describe(folder, prepared)
+            checkpoint = Checkpoint(recipe.method.start(state))
+        engine.restore(checkpoint.clients)
+        folder.forget_metrics_from(checkpoint.rounds)
+        keeper = _Keeper(folder, recipe.checkpoint.keep, Trackers(recipe, out))
+        try:
+            last = play(recipe, engine, checkpoint.server, keeper, watcher)
+        finally:
+            keeper.trackers.close()
+        _finish(folder, recipe, engine, last, watcher)
+    finally:
+        folder.close()
+    return folder
+
+
+@dataclass
+class _Keeper:
+    """Keeps finished rounds: the line of metrics first, then the checkpoint that makes the round count."""
+
+    folder: RunFolder
+    keep: int
+    trackers: Trackers
+
+    def save(self, record: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+        self.folder.append_metrics(record)
+        save_checkpoint(self.folder.checkpoints, checkpoint, self.keep)
+        self.trackers.log(record)
+
+
+def _describe(folder: RunFolder, prepared: Prepared) -> None:
+    """Write what the run works on, before its first round."""
+    folder.write_json("versions.json", versions() | {"identity": prepared.identity()})
+    partition, dataset = prepared.partition, prepared.dataset
+    counts = {
+        split: partition.label_counts(split, dataset.splits[split], len(dataset.labels)) for split in prepared.encoded
+    }
+    indices = {s: {c: i.tolist() for c, i in partition.indices[s].items()} for s in prepared.encoded}
+    folder.write_json("partition.json", {"labels": dataset.labels, "label_counts": counts, "indices": indices})
+
+
+def _begin(folder: RunFolder, recipe: Recipe, prepared: Prepared) -> Checkpoint | None:
+    """The checkpoint to go on from, after making sure that model and data are those of the run."""
+    described = folder.read_json("versions.json")
+    if described is None:
+        return None
+    identity = prepared.identity()
+    for what in ("model", "data"):
+        if described.get("identity", {}).get(what) != identity[what]:
+            raise RunError(
+                f"{folder.path}: the {what} is not what the run was started with (its hash differs); bring the old one "
+                "back, or start another run by --out"
+            )
+    return load_latest(folder.checkpoints)
+
+
+def _finish(folder: RunFolder, recipe: Recipe, engine: Simulation, state: ServerState, watcher: Watcher) -> None:
+    """Write the adapter, or one for each client with a head of its own, and the last scores."""
+    adapter = state.broadcast.adapter
+    result: dict[str, Any] = {"rounds": recipe.rounds, "method": recipe.method.name}
+    scored = [record["evaluation"] for record in folder.metrics() if "evaluation" in record]
+    result["evaluation"] = scored[-1]
+    if recipe.evaluation.final is not None:
+        watcher.evaluating(recipe.evaluation.final)
+        result["final"] = engine.evaluate(adapter, recipe.evaluation.final).record()
+    adapter.save(folder.adapter)
+    if recipe.lora.head == "personal":
+        for number, client in enumerate(engine.clients):
+            engine.personal(adapter, client).save(folder.path / "clients" / f"{number:03d}")
+        folder.write_json("clients/names.json", {f"{n:03d}": name for n, name in enumerate(engine.clients)})
+    folder.write_json("result.json", result)

@@ -1,0 +1,35 @@
+"""Scoring an adapter from disk on the data of a recipe: `fedrot eval`."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fedrot.core.adapter import Adapter
+from fedrot.learning.evaluation import Evaluation, chosen_rows, evaluate
+from fedrot.running.prepare import available_threads, prepare
+from fedrot.running.recipe import Recipe
+
+
+def score_adapter(path: Path, recipe: Recipe, split: str | None) -> Evaluation:
+    """Score the PEFT adapter in `path` on a split of the recipe's data, whole and by client.
+
+    Raises `FedrotError` where the adapter does not fit the recipe's model or the split is not there.
+    """
+    adapter = Adapter.load(path)
+    chosen = split or recipe.evaluation.final or recipe.evaluation.split
+    recipe = replace(recipe, evaluation=replace(recipe.evaluation, split=chosen, final=None))
+    torch.set_num_threads(recipe.threads or available_threads())
+    ready = prepare(recipe)
+    data, settings = ready.encoded[chosen], recipe.evaluation
+    rows = chosen_rows(len(data), settings.limit, recipe.seed, chosen)
+    return evaluate(
+        ready.model,
+        {"": ready.model.fit(adapter, where=str(path))},
+        data,
+        chosen,
+        ready.partition.indices[chosen],
+        rows,
+        settings.batch,
+        recipe.local.precision,
+    )
