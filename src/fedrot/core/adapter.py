@@ -31,7 +31,9 @@ class LoraPair:
 
     def __post_init__(self) -> None:
         if self.a.ndim != 2 or self.b.ndim != 2:
-            raise AdapterError(f"LoRA factors must be matrices, got a {tuple(self.a.shape)} and b {tuple(self.b.shape)}")
+            raise AdapterError(
+                f"LoRA factors must be matrices, got a {tuple(self.a.shape)} and b {tuple(self.b.shape)}"
+            )
         if self.a.shape[0] != self.b.shape[1]:
             raise AdapterError(
                 f"LoRA factors of different rank: a {tuple(self.a.shape)} has rank {self.a.shape[0]}, "

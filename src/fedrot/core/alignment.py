@@ -110,7 +110,7 @@ def rotate_back(adapter: Adapter, rotations: Rotations) -> Adapter:
 
 
 def _times(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in the wider of float32 and the factor's own dtype; one of both is a float64 rotation."""
+    """Left @ right in the wider of float32 and the factor's own dtype; one of both is a float64 rotation."""
     factor = right if left.dtype == torch.float64 and right.dtype != torch.float64 else left
     dtype = torch.promote_types(factor.dtype, torch.float32)
     return left.to(dtype) @ right.to(dtype)

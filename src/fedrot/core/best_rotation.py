@@ -14,7 +14,7 @@ def best_rotation_error2(
     p: Tensor,  # (N), summing to one
     iterations: int = 60,
 ) -> Tensor:  # (L)
-    """min over R in SO(r)^N of ||sum_i p_i B_i A_i - (sum_i p_i B_i R_i)(sum_i p_i R_i^T A_i)||_F^2, by layer.
+    """Min over R in SO(r)^N of ||sum_i p_i B_i A_i - (sum_i p_i B_i R_i)(sum_i p_i R_i^T A_i)||_F^2, by layer.
 
     A local search (L-BFGS on R_i = R_i0 exp(K_i), K_i skew) from the frames as they are and from two generalised
     Procrustes solutions, the best of all kept; never above the error of the frames as they are.

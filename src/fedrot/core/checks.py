@@ -35,7 +35,9 @@ def check_upload(upload: Upload, form: Adapter, settings: CheckSettings) -> None
         change2 += float((tensor.double() - sent[name].double()).square().sum())
     for name, pair in form.layers.items():
         if upload.adapter.layers[name].scale != pair.scale:
-            raise RejectedUpload(f"upload: layers/{name} has scale {upload.adapter.layers[name].scale}, not {pair.scale}")
+            raise RejectedUpload(
+                f"upload: layers/{name} has scale {upload.adapter.layers[name].scale}, not {pair.scale}"
+            )
     if settings.max_norm is not None and math.sqrt(change2) > settings.max_norm:
         raise RejectedUpload(
             f"upload: its change has norm {math.sqrt(change2):.3g}, above checks.max_norm {settings.max_norm:g}"

@@ -121,9 +121,7 @@ class SketchObserver:
         return AggregationErrors(layers, estimated=True, clients=self._after.count)
 
 
-def exact_errors(
-    adapters: list[Adapter], weights: list[float], rho: bool = False
-) -> dict[str, dict[str, float]]:
+def exact_errors(adapters: list[Adapter], weights: list[float], rho: bool = False) -> dict[str, dict[str, float]]:
     """`ideal2`, `before2` = `after2` (no rotation is known here), `floor2` and on request `best2` by layer.
 
     `weights` are positive and need not sum to one. Clients' scales are folded into B.

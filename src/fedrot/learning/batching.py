@@ -12,9 +12,7 @@ from fedrot.core.seeding import generator
 _WINDOW = 8
 
 
-def shuffled_batches(
-    lengths: NDArray[np.int64], batch: int, key: tuple[int | str, ...]
-) -> Iterator[NDArray[np.int64]]:
+def shuffled_batches(lengths: NDArray[np.int64], batch: int, key: tuple[int | str, ...]) -> Iterator[NDArray[np.int64]]:
     """Endless batches of places in `lengths` (tokens of a client's examples), each of min(batch, n) examples.
 
     Every pass is a fresh permutation named by `key` and its number. A pass that ends within a batch is continued by

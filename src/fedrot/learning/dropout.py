@@ -1,4 +1,4 @@
-"""Dropout whose masks have names: the same (seed, round, client, step, layer) gives the same mask, whatever else runs."""
+"""Dropout whose masks have names: equal (seed, round, client, step, layer), equal mask, whatever else runs."""
 
 import torch
 from torch import Tensor, nn

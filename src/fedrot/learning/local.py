@@ -98,7 +98,5 @@ def step_count(examples: int, settings: LocalSettings) -> int:
 
 def _optimizer(trained: list[torch.nn.Parameter], settings: LocalSettings) -> torch.optim.Optimizer:
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(
-            trained, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
+        return torch.optim.SGD(trained, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)

@@ -39,8 +39,8 @@ class ResidentModel:
         inner = model.base_model.model
         for name, module in inner.named_modules():
             if isinstance(module, LoraLayer):
-                weights = module.lora_A[_PEFT_NAME].weight, module.lora_B[_PEFT_NAME].weight
-                self._lora[name] = weights
+                factors: list[Any] = [module.lora_A[_PEFT_NAME].weight, module.lora_B[_PEFT_NAME].weight]
+                self._lora[name] = (factors[0], factors[1])
                 self._form[name] = float(module.scaling[_PEFT_NAME]), bool(getattr(module, "fan_in_fan_out", False))
                 old = module.lora_dropout[_PEFT_NAME]
                 dropout = KeyedDropout(getattr(old, "p", 0.0), name)

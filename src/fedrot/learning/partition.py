@@ -73,7 +73,9 @@ def _by_column(dataset: Dataset, settings: PartitionSettings) -> tuple[tuple[str
         raise RecipeError("partition.kind column: name the column in data.group")
     clients = tuple(sorted(set(train.group)))
     if settings.clients not in (None, len(clients)):
-        raise RecipeError(f"partition.clients is {settings.clients}, data.group has {len(clients)} values; leave it out")
+        raise RecipeError(
+            f"partition.clients is {settings.clients}, data.group has {len(clients)} values; leave it out"
+        )
     indices: dict[str, dict[str, Indices]] = {}
     for split, rows in dataset.splits.items():
         groups = np.asarray(rows.group)
@@ -98,14 +100,14 @@ def _shares(dataset: Dataset, settings: PartitionSettings, count: int, seed: int
     smallest = 0.0
     for _ in range(max(1, settings.redraws)):
         shares = rng.dirichlet(np.full(count, settings.concentration), size=labels)
-        sizes = sum(_sizes(int(n), row) for n, row in zip(numbers, shares, strict=True))
+        sizes = np.sum([_sizes(int(n), row) for n, row in zip(numbers, shares, strict=True)], axis=0)
         smallest = max(smallest, int(np.min(sizes)))
         if np.min(sizes) >= max(1, settings.minimum):
             return shares
     raise DataError(
         f"partition: in {settings.redraws} draws no Dirichlet({settings.concentration:g}) split gave each of {count} "
-        f"clients {settings.minimum} examples (the best gave {smallest:g}); use fewer clients, a larger concentration or "
-        "a smaller minimum"
+        f"clients {settings.minimum} examples (the best gave {smallest:g}); use fewer clients, a larger "
+        "concentration or a smaller minimum"
     )
 
 
@@ -121,9 +123,11 @@ def _cut(labels: Indices, shares: NDArray[np.float64], seed: int, split: str) ->
     rng = np.random.default_rng(seed_of(seed, "partition", split))
     parts: list[list[Indices]] = [[] for _ in range(shares.shape[1])]
     even = bool((shares == shares[0]).all())
-    groups = [rng.permutation(len(labels))] if even else [
-        rng.permutation(np.flatnonzero(labels == label)) for label in range(len(shares))
-    ]
+    groups = (
+        [rng.permutation(len(labels))]
+        if even
+        else [rng.permutation(np.flatnonzero(labels == label)) for label in range(len(shares))]
+    )
     for group, row in zip(groups, shares, strict=False):
         for part, piece in zip(parts, np.split(group, np.cumsum(_sizes(len(group), row))[:-1]), strict=True):
             part.append(piece)

@@ -1,10 +1,10 @@
 """A run folder: what is in it, and who may write to it.
 
-    recipe.yaml      the resolved recipe           adapter/      the result, in PEFT format
-    versions.json    software, machine, data       clients/      one adapter a client, where heads are personal
-    partition.json   who held which example        result.json   the last scores
-    metrics.jsonl    a line a round                report.html   figures/   what people look at
-    checkpoints/     the last rounds
+recipe.yaml      the resolved recipe           adapter/      the result, in PEFT format
+versions.json    software, machine, data       clients/      one adapter a client, where heads are personal
+partition.json   who held which example        result.json   the last scores
+metrics.jsonl    a line a round                report.html   figures/   what people look at
+checkpoints/     the last rounds
 """
 
 import fcntl
@@ -43,7 +43,9 @@ class RunFolder:
     def create(self, recipe: Recipe) -> None:
         """Start a new run here. Raises `RunError` where there is one already."""
         if (self.path / "recipe.yaml").exists():
-            raise RunError(f"{self.path}: a run is there already; go on with --resume, or choose another folder by --out")
+            raise RunError(
+                f"{self.path}: a run is there already; go on with --resume, or choose another folder by --out"
+            )
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path}: this is a file; choose a folder by --out")
         self.path.mkdir(parents=True, exist_ok=True)

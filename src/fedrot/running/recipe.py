@@ -64,7 +64,7 @@ class Recipe:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "Recipe":
-        """From complete or partial nested values of the right types; see `recipe_file.parse_recipe` for checked ones."""
+        """From nested values of the right types; `recipe_file.parse_recipe` takes unchecked ones."""
         known = {f.name: f for f in fields(cls)}
         made: dict[str, Any] = {}
         for key, value in values.items():

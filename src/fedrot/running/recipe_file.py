@@ -93,7 +93,7 @@ def _choose_method(values: dict[str, Any], flags: Sequence[str], source: str) ->
         raise RecipeError(f"{source}: method must hold keys and values, got {section!r}")
     in_file = section.get("name", FedRot.name)
     asked = [
-        flag.partition("=")[2] if "=" in flag else (list(flags) + [""])[i + 1]
+        flag.partition("=")[2] if "=" in flag else ([*list(flags), ""])[i + 1]
         for i, flag in enumerate(flags)
         if flag == "--method.name" or flag.startswith("--method.name=")
     ]

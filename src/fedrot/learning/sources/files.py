@@ -17,7 +17,7 @@ def read(settings: DataSettings) -> Dataset:
     base = Path(settings.path) if settings.path else Path()
     paths = {split: base / name for split, name in names.items() if name}
     raw = {split: _read_one(path, settings) for split, path in paths.items()}
-    labels = sorted({label for label in raw["train"][1]}, key=_label_order)
+    labels = sorted(set(raw["train"][1]), key=_label_order)
     if not labels:
         raise DataError(f"{paths['train']}: holds no examples")
     splits = {split: _index(rows, found, labels, paths[split]) for split, (rows, found) in raw.items()}
@@ -34,7 +34,9 @@ def _read_one(path: Path, settings: DataSettings) -> tuple[Rows, list[str]]:
         pair=text_column(table, settings.pair, path, "data.pair") if settings.pair else None,
         group=text_column(table, settings.group, path, "data.group") if settings.group else None,
     )
-    return rows, [_label_name(v, i, path, settings) for i, v in enumerate(column(table, settings.label, path, "data.label"))]
+    return rows, [
+        _label_name(v, i, path, settings) for i, v in enumerate(column(table, settings.label, path, "data.label"))
+    ]
 
 
 def _label_name(value: Any, index: int, path: Path, settings: DataSettings) -> str:

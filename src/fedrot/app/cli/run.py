@@ -1,0 +1,72 @@
+"""`fedrot run RECIPE.yaml [--out DIR] [--resume] [--rounds 5 --method.name fedit ...]`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedrot.app.cli.parser import CommandParser
+from fedrot.core.errors import FedrotError
+
+DESCRIPTION = """\
+Run a federated fine-tuning recipe. Every key of the recipe is an option too: --local.lr 0.01 wins over the file.
+The options below --seed are those of the recipe; --method.name M --help shows the settings of method M."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What `fedrot run` was asked to do."""
+
+    recipe: Path
+    out: Path | None
+    resume: bool
+    flags: list[str]  # recipe keys
+
+
+def read_call(words: Sequence[str]) -> Call:
+    """Split the command's own options from the recipe's keys."""
+    if not words or words[0].startswith("-"):
+        raise FedrotError("give the recipe first: fedrot run RECIPE.yaml [options] (see fedrot run --help)")
+    parser = CommandParser(prog="fedrot run", add_help=False)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    own, flags = parser.parse_known_args(list(words[1:]))
+    return Call(Path(words[0]), own.out, own.resume, flags)
+
+
+def show_help(words: Sequence[str]) -> None:
+    """Help for all keys, with the settings of the method that is named, or of the default one."""
+    from fedrot.core.methods import get_method
+    from fedrot.core.methods.rotation import FedRot
+    from fedrot.running.recipe_file import recipe_parser
+
+    named = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--method.name"]
+    parser = recipe_parser(get_method(named[-1] if named else FedRot.name), prog="fedrot run", description=DESCRIPTION)
+    parser.usage = "fedrot run RECIPE.yaml [--out DIR] [--resume] [--KEY VALUE ...]"
+    own = parser.add_argument_group("the command's own options")
+    own.add_argument("--out", help="the run folder (default: runs/NAME)")
+    own.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    parser.print_help()
+
+
+def main(words: Sequence[str]) -> int:
+    """Run a recipe, then write its report."""
+    if "-h" in words or "--help" in words:
+        show_help(words)
+        return 0
+    call = read_call(words)
+    from fedrot.app.progress import make_watcher
+    from fedrot.app.report.build import build_report
+    from fedrot.running.recipe_file import read_recipe
+    from fedrot.running.run import run
+
+    recipe = read_recipe(call.recipe, call.flags)
+    out = call.out or Path("runs") / recipe.name
+    with make_watcher() as watcher:
+        folder = run(recipe, out, watcher, resume=call.resume)
+    report = build_report([folder.path], folder.path)
+    result = folder.read_json("result.json")
+    scores = result.get("final") or result["evaluation"]
+    print(f"{scores['split']} accuracy {scores['accuracy']:.4f}  ({scores['examples']} examples)")
+    print(f"adapter  {folder.adapter}")
+    print(f"report   {report}")
+    return 0

@@ -1,0 +1,100 @@
+"""Build the report: figures as PNG files, and one HTML page that holds them all."""
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedrot.app.report.load import RunData, load_runs
+from fedrot.app.report.verdict import verdict
+from fedrot.core.files import write_atomic
+from fedrot.running.recipe_file import to_yaml
+
+
+def build_report(paths: Sequence[Path], out: Path) -> Path:
+    """Write `report.html` and `figures/*.png` below `out` for the runs in `paths`; gives the page's path."""
+    runs = load_runs(paths)
+    drawn = _draw(runs, out / "figures")
+    page = _page(runs, drawn)
+    write_atomic(out / "report.html", page.encode())
+    return out / "report.html"
+
+
+def _draw(runs: Sequence[RunData], folder: Path) -> list[dict[str, str]]:
+    """Every figure that the runs have numbers for, as a file and as text to put in the page."""
+    from fedrot.app.report import figures
+
+    measured = any("aggregation" in record for run in runs for record in run.metrics)
+    scored = any("evaluation" in record for run in runs for record in run.metrics)
+    first = runs[0].partition
+    plan: list[tuple[str, str, Any]] = [("learning", "Accuracy and loss by round.", lambda: figures.learning(runs))]
+    if measured:
+        plan += [
+            (
+                "aggregation",
+                "What averaging factor by factor loses of the ideal update, before and after alignment, and the floor "
+                "that no average of this rank can beat.",
+                lambda: figures.aggregation(runs),
+            ),
+            (
+                "gain",
+                "Left: what alignment did to the error. Right: the share of the clients' drift that only turned their "
+                "frames, and rho, the share of the avoidable error that the best rotation would recover.",
+                lambda: figures.gain(runs),
+            ),
+            (
+                "drift",
+                "How far factors move in local training and how far they are turned.",
+                lambda: figures.drift(runs),
+            ),
+        ]
+    if scored:
+        plan.append(("clients", "Scores on each client's part of the data.", lambda: figures.clients(runs)))
+    if first:
+        counts = first["label_counts"]["train"]
+        plan.append(("labels", "Who holds what.", lambda: figures.label_shares(counts, first["labels"])))
+    plan.append(("cost", "What the rounds cost.", lambda: figures.cost(runs)))
+    drawn = []
+    for name, caption, make in plan:
+        path = folder / f"{name}.png"
+        figures.save(make(), path)
+        data = base64.b64encode(path.read_bytes()).decode()
+        drawn.append({"name": name, "caption": caption, "data": data})
+    return drawn
+
+
+def _page(runs: Sequence[RunData], drawn: list[dict[str, str]]) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("fedrot.app.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("page.html.j2").render(
+        title=" and ".join(dict.fromkeys(run.recipe.name for run in runs)),
+        runs=[_summary(run) for run in runs],
+        figures=drawn,
+    )
+
+
+def _summary(run: RunData) -> dict[str, Any]:
+    """A run's row of the table and its details."""
+    scored = [record["evaluation"] for record in run.metrics if "evaluation" in record]
+    final = run.result.get("final") or (scored[-1] if scored else None)
+    dropped = [
+        (record["round"], client, reason)
+        for record in run.metrics
+        for client, reason in record["clients"]["dropped"].items()
+    ]
+    return {
+        "label": run.label,
+        "path": run.path.name,
+        "verdict": verdict(run),
+        "rounds": len(run.metrics),
+        "planned": run.recipe.rounds,
+        "final": final,
+        "megabytes_up": sum(record["bytes"]["up"] for record in run.metrics) / 1e6,
+        "seconds": sum(record["seconds"]["round"] for record in run.metrics),
+        "dropped": dropped,
+        "recipe": to_yaml(run.recipe),
+        "versions": {k: v for k, v in run.versions.items() if isinstance(v, str)},
+    }

@@ -1,0 +1,71 @@
+"""What a report is made of: the files of run folders, read once."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedrot.core.errors import RunError
+from fedrot.running.folder import RunFolder
+from fedrot.running.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run folder's content, and the name it goes by in the report."""
+
+    label: str
+    path: Path
+    recipe: Recipe
+    metrics: list[dict[str, Any]]
+    partition: dict[str, Any]
+    result: dict[str, Any]  # empty where the run has not finished
+    versions: dict[str, Any]
+
+    def series(self, pick: Callable[[dict[str, Any]], Any]) -> tuple[list[int], list[float]]:
+        """(rounds, values) for the rounds in which `pick` finds a value."""
+        found = [(record["round"], value) for record in self.metrics if (value := _try(pick, record)) is not None]
+        return [r for r, _ in found], [v for _, v in found]
+
+
+def _try(pick: Callable[[dict[str, Any]], Any], record: dict[str, Any]) -> Any:
+    try:
+        return pick(record)
+    except (KeyError, TypeError):
+        return None
+
+
+def load_runs(paths: Sequence[Path]) -> list[RunData]:
+    """Read run folders; `RunError` naming one that holds no finished round."""
+    runs = []
+    for path in paths:
+        folder = RunFolder(path)
+        recipe = folder.recipe()
+        metrics = folder.metrics()
+        if not metrics:
+            raise RunError(f"{path}: no round has finished yet, there is nothing to report")
+        runs.append(
+            RunData(
+                label=_label(recipe),
+                path=path,
+                recipe=recipe,
+                metrics=metrics,
+                partition=folder.read_json("partition.json") or {},
+                result=folder.read_json("result.json") or {},
+                versions=folder.read_json("versions.json") or {},
+            )
+        )
+    return _distinct(runs)
+
+
+def _label(recipe: Recipe) -> str:
+    settings = recipe.method.settings()
+    return recipe.method.name + (f" {settings['strength']:g}" if "strength" in settings else "")
+
+
+def _distinct(runs: list[RunData]) -> list[RunData]:
+    """Runs of one method and strength are told apart by their folders' names."""
+    labels = [run.label for run in runs]
+    if len(set(labels)) == len(labels):
+        return runs
+    return [RunData(**{**vars(run), "label": f"{run.label} ({run.path.name})"}) for run in runs]
