@@ -1,0 +1,56 @@
+# make demo   set everything up and run the demonstration on real data
+# make test   the tests            make check  lint, types, floors and the tests
+# make bench  speed and memory     make figures  the documentation's figures
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+RUN := $(VENV)/.run-installed
+DEV := $(VENV)/.dev-installed
+# Options for the demonstration's runs, e.g. DEMO_FLAGS="--rounds 2"
+DEMO_FLAGS ?=
+DEMO_OUT ?= runs/demo
+# A folder with SST-2's train.tsv and dev.tsv for the benchmark; the VADER corpus without it
+DATA ?=
+
+.PHONY: demo test check lint bench figures clean
+
+demo: $(RUN)
+	$(BIN)/fedrot data fetch minilm vader
+	rm -rf $(DEMO_OUT)
+	$(BIN)/fedrot run recipes/vader.yaml --out $(DEMO_OUT)/fedit --method.name fedit $(DEMO_FLAGS)
+	$(BIN)/fedrot run recipes/vader.yaml --out $(DEMO_OUT)/fedrot $(DEMO_FLAGS)
+	@echo "both side by side:"
+	@$(BIN)/fedrot report $(DEMO_OUT)/fedit $(DEMO_OUT)/fedrot --out $(DEMO_OUT)
+
+test: $(DEV)
+	$(BIN)/python -m pytest
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test
+
+bench: $(DEV)
+	$(BIN)/fedrot data fetch minilm vader
+	$(BIN)/python benchmarks/run.py $(if $(DATA),--data $(DATA))
+
+figures: $(DEV)
+	$(BIN)/python benchmarks/frames.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN): $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[run]'
+	touch $@
+
+$(DEV): $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[dev]'
+	touch $@ $(RUN)
+
+clean:
+	rm -rf $(VENV) build runs .mypy_cache .ruff_cache .hypothesis .import_linter_cache
