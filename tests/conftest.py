@@ -3,21 +3,42 @@
 import csv
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 # Set before torch or transformers are imported anywhere: one thread a test process, and never a hub.
-os.environ.update(
-    OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false"
-)
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 WORDS = {
-    "positive": "good great fine lovely superb bright happy warm clever charming".split(),
-    "negative": "bad awful poor dull bleak cold sad weak clumsy boring".split(),
-    "neutral": "the a film book camera song day story plot it was is very with and of in one two this that".split(),
+    "positive": ["good", "great", "fine", "lovely", "superb", "bright", "happy", "warm", "clever", "charming"],
+    "negative": ["bad", "awful", "poor", "dull", "bleak", "cold", "sad", "weak", "clumsy", "boring"],
+    "neutral": [
+        "the",
+        "a",
+        "film",
+        "book",
+        "camera",
+        "song",
+        "day",
+        "story",
+        "plot",
+        "it",
+        "was",
+        "is",
+        "very",
+        "with",
+        "and",
+        "of",
+        "in",
+        "one",
+        "two",
+        "this",
+        "that",
+    ],
 }
 GROUPS = ("books", "films", "music")
 
@@ -38,7 +59,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("tiny-bert")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    vocabulary = {word: i for i, word in enumerate([*special, *sum(WORDS.values(), [])])}
+    vocabulary = {word: i for i, word in enumerate([*special, *chain.from_iterable(WORDS.values())])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -63,8 +84,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=64,
+        initializer_range=0.3,  # a wide spread, so that a random encoder tells words apart
     )
-    BertModel(config).save_pretrained(folder)
+    model = BertModel(config)
+    with torch.no_grad():  # words of one feeling share a direction, so that there is something to learn
+        direction = torch.randn(config.hidden_size)
+        for label, sign in (("positive", 1.0), ("negative", -1.0)):
+            rows = [vocabulary[word] for word in WORDS[label]]
+            model.embeddings.word_embeddings.weight[rows] += 0.5 * sign * direction
+    model.save_pretrained(folder)
     return folder
 
 
@@ -116,7 +144,7 @@ def tiny_values(tiny_model: Path, tiny_data: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def recipe_file(tiny_values: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., Path]]:
+def recipe_file(tiny_values: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
     """Write the tiny recipe, with sections updated, to a YAML file and give its path."""
     import yaml
 
@@ -128,4 +156,4 @@ def recipe_file(tiny_values: dict[str, Any], tmp_path: Path) -> Iterator[Callabl
         path.write_text(yaml.safe_dump(values))
         return path
 
-    yield write
+    return write

@@ -73,7 +73,7 @@ class FakeEngine:
                 )
             )
 
-    def evaluate(self, adapter: Adapter, split: str) -> Evaluation:
+    def evaluate(self, adapter: Adapter, split: str, limit: int | None = None) -> Evaluation:
         return Evaluation(split, 1, {"accuracy": 0.5, "macro_f1": 0.5, "loss": 1.0}, clients={"c": {"accuracy": 0.5}})
 
     def states(self) -> Mapping[str, ClientState]:

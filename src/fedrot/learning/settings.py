@@ -126,6 +126,6 @@ class EvaluationSettings:
     final: str | None = None
     """Split scored once, after the last round, e.g. test; null: none."""
     limit: int | None = None
-    """Score on a fixed subset of this many examples; null: all."""
+    """Score on a fixed subset of this many examples during the run; null: all. The final split is scored whole."""
     batch: int = 64
     """Examples a batch."""

@@ -27,8 +27,8 @@ class Engine(Protocol):
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Upload | Failure]:
         """One round of local training by these clients."""
 
-    def evaluate(self, adapter: Adapter, split: str) -> Evaluation:
-        """Score the global adapter, or each client's own model where heads are personal."""
+    def evaluate(self, adapter: Adapter, split: str, limit: int | None = None) -> Evaluation:
+        """Score the global adapter, or each client's own model where heads are personal, on at most `limit` rows."""
 
     def states(self) -> Mapping[str, ClientState]:
         """What the clients in this process keep between rounds, for the checkpoint."""

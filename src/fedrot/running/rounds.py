@@ -106,7 +106,8 @@ def play_round(
     if (number + 1) % recipe.evaluation.every == 0 or number + 1 == recipe.rounds:
         since = time.perf_counter()
         watcher.evaluating(recipe.evaluation.split)
-        record["evaluation"] = engine.evaluate(state.broadcast.adapter, recipe.evaluation.split).record()
+        scores = engine.evaluate(state.broadcast.adapter, recipe.evaluation.split, recipe.evaluation.limit)
+        record["evaluation"] = scores.record()
         collected.spend("evaluate", since)
     record["seconds"] = {**collected.seconds, "round": time.perf_counter() - began}
     return state, record

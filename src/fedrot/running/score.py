@@ -11,8 +11,8 @@ from fedrot.running.prepare import available_threads, prepare
 from fedrot.running.recipe import Recipe
 
 
-def score_adapter(path: Path, recipe: Recipe, split: str | None) -> Evaluation:
-    """Score the PEFT adapter in `path` on a split of the recipe's data, whole and by client.
+def score_adapter(path: Path, recipe: Recipe, split: str | None, limit: int | None = None) -> Evaluation:
+    """Score the PEFT adapter in `path` on a split of the recipe's data, in all and by client; on at most `limit` rows.
 
     Raises `FedrotError` where the adapter does not fit the recipe's model or the split is not there.
     """
@@ -22,7 +22,7 @@ def score_adapter(path: Path, recipe: Recipe, split: str | None) -> Evaluation:
     torch.set_num_threads(recipe.threads or available_threads())
     ready = prepare(recipe)
     data, settings = ready.encoded[chosen], recipe.evaluation
-    rows = chosen_rows(len(data), settings.limit, recipe.seed, chosen)
+    rows = chosen_rows(len(data), limit, recipe.seed, chosen)
     return evaluate(
         ready.model,
         {"": ready.model.fit(adapter, where=str(path))},

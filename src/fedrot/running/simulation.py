@@ -42,11 +42,11 @@ class Simulation:
                 self._states[name] = kept
             yield upload
 
-    def evaluate(self, adapter: Adapter, split: str) -> Evaluation:
-        """Score on the recipe's fixed rows of the split; with personal heads, each client's rows by its own model."""
+    def evaluate(self, adapter: Adapter, split: str, limit: int | None = None) -> Evaluation:
+        """Score on fixed rows of the split; with personal heads, each client's rows by its own model."""
         settings, data = self._recipe.evaluation, self._encoded[split]
         parts = self._partition.indices[split]
-        rows = chosen_rows(len(data), settings.limit, self._recipe.seed, split)
+        rows = chosen_rows(len(data), limit, self._recipe.seed, split)
         adapters = {"": adapter}
         if self._recipe.lora.head == "personal":
             adapters = {name: self.personal(adapter, name) for name in self.clients}

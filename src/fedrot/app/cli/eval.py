@@ -19,6 +19,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--split", help="the split to score (default: the recipe's final split, or the one of its rounds)"
     )
+    parser.add_argument("--limit", type=int, help="score a fixed subset of this many examples (default: all)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     call, flags = parser.parse_known_args(list(words))
     from fedrot.running.folder import RunFolder
@@ -30,11 +31,11 @@ def main(words: Sequence[str]) -> int:
         adapter = adapter / "adapter"
     if call.recipe is not None:
         recipe = read_recipe(call.recipe, flags)
-    elif (home := next((p for p in adapter.absolute().parents if (p / "recipe.yaml").exists()), None)) is not None:
+    elif (home := _home(adapter)) is not None:
         recipe = parse_recipe(RunFolder(home).recipe().to_dict(), flags, source=str(home / "recipe.yaml"))
     else:
         raise FedrotError(f"{adapter}: not in a run folder; say by --recipe which model and data to score it with")
-    scores = score_adapter(adapter, recipe, call.split).record()
+    scores = score_adapter(adapter, recipe, call.split, call.limit).record()
     if call.json:
         print(json.dumps(scores))
         return 0
@@ -47,3 +48,9 @@ def main(words: Sequence[str]) -> int:
         for client, accuracy in by_client.items():
             print(f"  {client:<20} {accuracy:.4f}")
     return 0
+
+
+def _home(adapter: Path) -> Path | None:
+    """The run folder that the adapter lies in: RUN/adapter, or RUN/clients/NUMBER."""
+    near = list(adapter.absolute().parents)[:2]
+    return next((folder for folder in near if (folder / "versions.json").exists()), None)

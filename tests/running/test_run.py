@@ -1,0 +1,275 @@
+"""Whole runs on a tiny model: determinism, kill and resume, heads, start from an adapter, trackers."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes import Silent
+
+from fedrot import Adapter
+from fedrot.core.errors import DataError, FedrotError, RunError
+from fedrot.running.folder import RunFolder
+from fedrot.running.recipe import Recipe
+from fedrot.running.recipe_file import parse_recipe
+from fedrot.running.run import run
+
+
+def go(values: dict[str, Any], out: Path, *flags: str, resume: bool = False) -> RunFolder:
+    return run(parse_recipe(values, flags), out, Silent(), resume=resume)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that a run leaves that must not depend on when or how often it was interrupted."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        del record["seconds"]
+    tensors = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    return {"metrics": records, "adapter": tensors, "result": json.loads((folder / "result.json").read_text())}
+
+
+def test_a_run_learns_and_leaves_a_complete_folder(tiny_values: dict[str, Any], tmp_path: Path) -> None:
+    folder = go(tiny_values, tmp_path / "run", "--rounds", "8", "--local.steps", "8")
+    names = {path.name for path in folder.path.iterdir()}
+    assert {"recipe.yaml", "versions.json", "partition.json", "metrics.jsonl", "checkpoints", "adapter"} <= names
+    result = folder.read_json("result.json")
+    assert result["final"]["split"] == "test"
+    assert result["final"]["accuracy"] > 0.75
+    assert set(result["final"]["by_client"]) == {"books", "films", "music"}
+    assert result["final"]["worst"] == min(result["final"]["by_client"].values())
+    assert folder.recipe() == parse_recipe(tiny_values, ["--rounds", "8", "--local.steps", "8"])
+
+
+def test_the_same_recipe_gives_the_same_bits_in_another_process(recipe_file: Any, tmp_path: Path) -> None:
+    path = recipe_file(federation={"participation": 0.67})
+    for name in ("one", "two"):
+        done = subprocess.run([*command(path), "--out", str(tmp_path / name)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert outcome(tmp_path / "one") == outcome(tmp_path / "two")
+
+
+def command(recipe: Path) -> list[str]:
+    return [sys.executable, "-m", "fedrot.app.cli.main", "run", str(recipe)]
+
+
+def test_killed_at_random_points_and_resumed_is_uninterrupted_bit_for_bit(recipe_file: Any, tmp_path: Path) -> None:
+    path = recipe_file(rounds=14, lora={"head": "personal"}, checkpoint={"keep": 1}, evaluation={"every": 3})
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    subprocess.run([*command(path), "--out", str(straight)], check=True, capture_output=True)
+
+    rng = random.Random(5)
+    kills = 0
+    for attempt in range(30):
+        resume = ["--resume"] if (broken / "recipe.yaml").exists() else []
+        process = subprocess.Popen(
+            [*command(path), "--out", str(broken), *resume], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        if attempt < 4:
+            target = lines_of(broken) + rng.randint(1, 3)
+            while process.poll() is None and lines_of(broken) < target:
+                time.sleep(0.002)
+            time.sleep(rng.random() * 0.08)
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+        _, errors = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, errors.decode()
+    assert kills >= 2, "the run was too fast to be killed"
+    assert outcome(broken) == outcome(straight)
+    for client in ("000", "001", "002"):
+        files = [folder / "clients" / client / "adapter_model.safetensors" for folder in (straight, broken)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def lines_of(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+class Crash(BaseException):
+    """The process dies here."""
+
+
+@pytest.mark.parametrize("step", ["append_metrics", "save_checkpoint", "forget_metrics_from", "write_json"])
+def test_a_crash_between_any_two_writes_of_a_run_is_made_good(
+    step: str, tiny_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = go(tiny_values, tmp_path / "straight")
+    owner: Any = RunFolder if step != "save_checkpoint" else sys.modules["fedrot.running.run"]
+    original = getattr(owner, step)
+    for at in range(3):
+        out, calls = tmp_path / f"broken-{at}", 0
+
+        def crashing(*args: Any, at: int = at, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == at + 1:
+                raise Crash
+            return original(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, step, crashing)
+            try:
+                go(tiny_values, out)
+            except Crash:
+                pass
+            else:
+                continue
+        go(tiny_values, out, resume=True)
+        assert outcome(out) == outcome(straight.path)
+
+
+def test_a_cut_last_line_of_metrics_is_left_out(tiny_values: dict[str, Any], tmp_path: Path) -> None:
+    folder = go(tiny_values, tmp_path / "run")
+    expected = outcome(folder.path)
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 3, "cli')
+    assert len(folder.metrics()) == 3
+    go(tiny_values, folder.path, resume=True)
+    assert outcome(folder.path) == expected
+
+
+def test_a_resume_with_another_recipe_model_or_data_is_refused(
+    tiny_values: dict[str, Any], tiny_data: Path, tmp_path: Path
+) -> None:
+    folder = go(tiny_values, tmp_path / "run")
+    before = outcome(folder.path)
+    with pytest.raises(RunError, match=r"local\.lr 0\.01, the recipe now has 0\.5"):
+        go(tiny_values, folder.path, "--local.lr", "0.5", resume=True)
+    with pytest.raises(RunError, match="a run is there already; go on with --resume"):
+        go(tiny_values, folder.path)
+    with pytest.raises(RunError, match="no such run folder"):
+        go(tiny_values, tmp_path / "none", resume=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match="not a run folder"):
+        go(tiny_values, tmp_path / "empty", resume=True)
+    changed = tmp_path / "data"
+    changed.mkdir()
+    for name in ("train.csv", "validation.csv", "test.csv"):
+        (changed / name).write_bytes((tiny_data / name).read_bytes())
+    values = tiny_values | {"data": tiny_values["data"] | {"path": str(changed)}}
+    other = go(values, tmp_path / "other")
+    (changed / "train.csv").write_text((changed / "train.csv").read_text().replace("good", "bad"))
+    with pytest.raises(RunError, match="the data is not what the run was started with"):
+        go(values, other.path, resume=True)
+    assert outcome(folder.path) == before
+
+
+def test_two_processes_cannot_share_a_run(tiny_values: dict[str, Any], tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create(parse_recipe(tiny_values))
+    with pytest.raises(RunError, match="another process is running this run"):
+        go(tiny_values, tmp_path / "run", resume=True)
+    folder.close()
+    go(tiny_values, tmp_path / "run", resume=True)
+
+
+def test_bad_input_writes_nothing(tiny_values: dict[str, Any], tmp_path: Path) -> None:
+    cases: list[tuple[list[str], str]] = [
+        (["--data.train", "none.csv"], "none.csv"),
+        (["--data.label", "colour"], "colour"),
+        (["--lora.targets", "[wings]"], "lora.targets"),
+        (["--model.path", str(tmp_path / "no-model")], "no-model"),
+        (["--evaluation.split", "dev"], "evaluation.split"),
+        (["--partition.kind", "iid", "--partition.clients", "5000"], "partition.clients"),
+        (["--partition.minimum", "100"], "books"),
+        (["--init", str(tmp_path / "no-adapter")], "no-adapter"),
+    ]
+    for flags, word in cases:
+        with pytest.raises(FedrotError, match=word):
+            go(tiny_values, tmp_path / "run", *flags)
+        assert not (tmp_path / "run").exists(), flags
+
+
+def test_strength_zero_is_fedit_bit_for_bit(tiny_values: dict[str, Any], tmp_path: Path) -> None:
+    one = go(tiny_values, tmp_path / "one", "--method.name", "fedit")
+    other = go(tiny_values, tmp_path / "other", "--method.strength", "0")
+    assert outcome(one.path)["adapter"] == outcome(other.path)["adapter"]
+
+
+def test_a_client_does_not_depend_on_who_else_takes_part(tiny_values: dict[str, Any]) -> None:
+    """Published code leaked the head from client to client through the shared model."""
+    from fedrot.core.methods.base import Upload
+    from fedrot.running.prepare import prepare
+    from fedrot.running.simulation import Simulation
+
+    recipe = parse_recipe(tiny_values)
+    ready = prepare(recipe)
+    broadcast = recipe.method.start(ready.model.read()).broadcast
+    uploads = []
+    for names in (["films"], ["books", "films"], ["music", "films", "books"]):
+        engine = Simulation(recipe, ready.model, ready.encoded, ready.partition)
+        uploads.append({u.client: u for u in engine.train(broadcast, names) if isinstance(u, Upload)}["films"])
+    first = dict(uploads[0].adapter.tensors())
+    for upload in uploads[1:]:
+        assert all(torch.equal(t, first[name]) for name, t in upload.adapter.tensors())
+        assert upload.metrics == uploads[0].metrics
+
+
+@pytest.mark.parametrize("method", ["fedit", "fedrot"])
+def test_head_policies_are_the_same_for_every_method(method: str, tiny_values: dict[str, Any], tmp_path: Path) -> None:
+    heads = {}
+    for policy in ("shared", "personal", "frozen"):
+        folder = go(tiny_values, tmp_path / policy, "--lora.head", policy, "--method.name", method)
+        heads[policy] = Adapter.load(folder.adapter).head["classifier.weight"]
+        result = folder.read_json("result.json")
+        assert result["final"]["model"] == ("personal" if policy == "personal" else "global")
+    assert torch.equal(heads["personal"], heads["frozen"]), "a head that does not travel stays as it was at the start"
+    assert not torch.equal(heads["shared"], heads["frozen"])
+    own = [Adapter.load(path.parent) for path in sorted((tmp_path / "personal/clients").glob("*/adapter_config.json"))]
+    assert len(own) == 3
+    assert len({tuple(a.head["classifier.weight"].flatten().tolist()) for a in own}) == 3
+    names = json.loads((tmp_path / "personal/clients/names.json").read_text())
+    assert list(names.values()) == ["books", "films", "music"]
+
+
+def test_a_run_can_start_from_an_adapter(tiny_values: dict[str, Any], tmp_path: Path) -> None:
+    first = go(tiny_values, tmp_path / "first")
+    start = Adapter.load(first.adapter)
+    second = go(tiny_values, tmp_path / "second", "--init", str(first.adapter), "--rounds", "1")
+    third = go(tiny_values, tmp_path / "third", "--rounds", "1")
+    assert outcome(second.path)["adapter"] != outcome(third.path)["adapter"]
+    assert second.metrics()[0]["train"]["loss"] < third.metrics()[0]["train"]["loss"]
+    assert start.layers.keys() == Adapter.load(second.adapter).layers.keys()
+    with pytest.raises(DataError, match=r"shape .* \(the model with the recipe's lora settings\)"):
+        go(tiny_values, tmp_path / "other", "--init", str(first.adapter), "--lora.rank", "3")
+    with pytest.raises(DataError, match=r"set lora\.alpha to match"):
+        go(tiny_values, tmp_path / "other", "--init", str(first.adapter), "--lora.alpha", "32")
+
+
+def test_a_client_whose_loss_explodes_is_dropped_and_the_quorum_holds(
+    tiny_values: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(RunError, match=r"round 0: 0 of 3 uploads were usable.*the loss is .* lower local\.lr"):
+        go(tiny_values, tmp_path / "run", "--local.lr", "1e30", "--local.clip", "null", "--local.optimizer", "sgd")
+
+
+def test_metrics_go_to_tensorboard_when_the_recipe_says_so(tiny_values: dict[str, Any], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = go(tiny_values, tmp_path / "run", "--tracking.to", "[tensorboard]")
+    found = next((folder.path / "tensorboard" / "tiny").glob("events.*"))
+    events = EventAccumulator(str(found))
+    events.Reload()
+    accuracy = [event.value for event in events.Scalars("evaluation/accuracy")]
+    assert accuracy == pytest.approx([r["evaluation"]["accuracy"] for r in folder.metrics()])
+
+
+def test_a_tracker_that_is_not_installed_is_named(tiny_values: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"tracking\.to: wandb needs packages.*pip install 'fedrot\[tracking\]' wandb"):
+        go(tiny_values, tmp_path / "run", "--tracking.to", "[wandb]")
+
+
+def test_a_recipe_is_a_value(tiny_values: dict[str, Any]) -> None:
+    assert parse_recipe(tiny_values) == parse_recipe(tiny_values)
+    assert isinstance(hash(parse_recipe(tiny_values).method), int)
+    assert isinstance(parse_recipe(tiny_values), Recipe)
