@@ -247,7 +247,7 @@ def test_eval_gives_the_accuracy_that_the_run_stated(cli: Run, finished: Path) -
     assert "validation  20 examples" in out
     one_line(cli("eval", finished, "--split", "dev"), "dev", "test")
     one_line(cli("eval", finished.parent / "elsewhere"), "--recipe")
-    one_line(cli("eval", finished.parent), "adapter/adapter_config.json")
+    one_line(cli("eval", finished.parent), "--recipe")
     one_line(cli("eval", finished, "--lora.rank", "3"), "shape")
 
 

@@ -27,7 +27,7 @@ def main(words: Sequence[str]) -> int:
     from fedrot.running.score import score_adapter
 
     adapter: Path = call.adapter
-    if (adapter / "recipe.yaml").exists():
+    if (adapter / "versions.json").exists():
         adapter = adapter / "adapter"
     if call.recipe is not None:
         recipe = read_recipe(call.recipe, flags)

@@ -9,7 +9,7 @@ from fedrot.core.errors import FedrotError
 
 DESCRIPTION = """\
 Run a federated fine-tuning recipe. Every key of the recipe is an option too: --local.lr 0.01 wins over the file.
-The options below --seed are those of the recipe; --method.name M --help shows the settings of method M."""
+Settings of the method are shown for fedrot; --method.name NAME --help shows those of another."""
 
 
 @dataclass(frozen=True)

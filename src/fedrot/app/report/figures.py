@@ -43,6 +43,11 @@ def _by_round(ax: Axes, title: str, ylabel: str) -> None:
         ax.legend(fontsize=8, frameon=False)
 
 
+def _legend_below(ax: Axes, columns: int) -> None:
+    """Beside bars a legend would cover one of them."""
+    ax.legend(fontsize=8, frameon=False, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+
+
 def _line(ax: Axes, run: RunData, pick: Callable[[dict[str, Any]], Any], label: str, **style: Any) -> None:
     rounds, values = run.series(pick)
     if rounds:
@@ -133,10 +138,9 @@ def label_shares(counts: Mapping[str, Sequence[int]], labels: Sequence[str]) -> 
     ax.invert_yaxis()
     ax.grid(False)
     ax.grid(True, axis="x", alpha=0.25)
-    ax.set_xlabel("training examples")
-    ax.set_title("Examples by client and label" + (f" ({len(labels)} labels)" if many else ""), fontsize=11)
+    ax.set_title("Training examples by client and label" + (f" ({len(labels)} labels)" if many else ""), fontsize=11)
     if not many:
-        ax.legend(fontsize=8, frameon=False)
+        _legend_below(ax, 4)
     return figure
 
 
@@ -155,7 +159,7 @@ def clients(runs: Sequence[RunData]) -> Figure:
     ax.grid(True, axis="x", alpha=0.25)
     ax.set_xlim(0, 1)
     ax.set_title(f"Accuracy by client on {last[0]['split']}, after the last round", fontsize=11)
-    ax.legend(fontsize=8, frameon=False, loc="lower left")
+    _legend_below(ax, len(runs))
     return figure
 
 
@@ -173,11 +177,11 @@ def cost(runs: Sequence[RunData]) -> Figure:
         left.bar(names, values, bottom=bottom, color=COLOURS[number], label=phase, width=0.5)
         bottom = [a + b for a, b in zip(bottom, values, strict=True)]
     left.set_title("Seconds by phase", fontsize=11)
-    left.legend(fontsize=8, frameon=False)
+    _legend_below(left, 3)
     for offset, way, colour in ((-0.2, "down", COLOURS[0]), (0.2, "up", COLOURS[1])):
         values = [sum(record["bytes"][way] for record in run.metrics) / 1e6 for run in runs]
         right.bar([i + offset for i in range(len(runs))], values, width=0.4, color=colour, label=way)
     right.set_xticks(range(len(runs)), names)
     right.set_title("Megabytes, server to clients (down) and back (up)", fontsize=11)
-    right.legend(fontsize=8, frameon=False)
+    _legend_below(right, 2)
     return figure
