@@ -273,3 +273,20 @@ def test_a_recipe_is_a_value(tiny_values: dict[str, Any]) -> None:
     assert parse_recipe(tiny_values) == parse_recipe(tiny_values)
     assert isinstance(hash(parse_recipe(tiny_values).method), int)
     assert isinstance(parse_recipe(tiny_values), Recipe)
+
+
+def test_an_interrupted_run_says_how_to_go_on(recipe_file: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [*command(recipe_file(rounds=200)), "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and lines_of(out) < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    last = [line for line in errors.splitlines() if not line.startswith("round ")]
+    assert last == ["fedrot: interrupted; finished rounds are on disk, go on with the same command and --resume"]

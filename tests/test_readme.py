@@ -1,0 +1,117 @@
+"""The README: every command and every piece of code in it is run, at reduced size."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+SMALL = "--rounds 1 --local.steps 1 --evaluation.limit 40 --evaluation.final null"
+
+
+def blocks(kind: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)
+    return [text for name, text in found if name == kind]
+
+
+def call(words: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **more, "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}"}
+    return subprocess.run(words, shell=True, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like a clone's root, in which the demonstration has run at reduced size."""
+    place = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "recipes", place / "recipes")
+    assert "make demo" in blocks("sh")[0]
+    done = call(f'make demo VENV={sys.prefix} DEMO_OUT={place}/runs/demo DEMO_FLAGS="{SMALL}"', ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == f"{place}/runs/demo/report.html"
+    return place
+
+
+def test_every_shell_command_runs(workplace: Path) -> None:
+    commands = [line for block in blocks("sh") for line in block.splitlines() if line and not line.startswith("#")]
+    assert len(commands) > 6
+    for command in commands:
+        if command.startswith("make "):
+            done = call(f"make --dry-run {command.removeprefix('make ')}", ROOT)
+        elif command.startswith("fedrot run "):
+            done = call(f"{command} {SMALL}", workplace)
+        else:
+            assert command.startswith("fedrot ")
+            done = call(command + (" --limit 40" if command.startswith("fedrot eval") else ""), workplace)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+
+def test_every_piece_of_python_runs(workplace: Path) -> None:
+    pieces = blocks("python")
+    assert len(pieces) == 3
+    for code in pieces:
+        done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True)
+        assert done.returncode == 0, code + done.stderr
+    assert (workplace / "runs" / "aligned" / "adapter_config.json").exists()
+    assert (workplace / "runs" / "merged" / "adapter_model.safetensors").exists()
+
+
+def test_the_recipe_it_shows_is_a_recipe() -> None:
+    from fedrot.running.recipe_file import parse_recipe
+
+    (text,) = blocks("yaml")
+    assert parse_recipe(yaml.safe_load(text)).data.group == "shop"
+
+
+def test_every_file_it_links_to_exists() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", TEXT)
+    assert len(links) > 4
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_the_printed_outputs_are_real_ones() -> None:
+    plain = "".join(blocks(""))
+    assert re.search(r"^test accuracy 0\.\d{4}  \(2815 examples\)$", plain, flags=re.MULTILINE)
+    assert re.search(r"^\d+ passed", plain, flags=re.MULTILINE)
+    assert "@" not in plain
+
+
+def test_the_benchmark_runs_at_reduced_size_and_writes_its_table(tmp_path: Path) -> None:
+    import json
+
+    written = ROOT / "build" / "bench.json"
+    kept = written.read_bytes() if written.exists() else None
+    try:
+        words = f"{sys.executable} {ROOT}/benchmarks/run.py --repeats 1 --steps 1 --clients 2"
+        done = call(words, tmp_path)
+        assert done.returncode == 0, done.stderr
+        results = json.loads(written.read_text())["results"]
+    finally:
+        if kept is not None:
+            written.write_bytes(kept)
+    assert {"round / bare PyTorch + PEFT loop, CPU time", "import fedrot"} <= {r["name"] for r in results}
+    for result in results:
+        assert set(result) == {"name", "figure", "goal", "holds"}
+        assert result["holds"] == (result["figure"] <= result["goal"])
+        assert result["name"] in done.stdout
+
+
+def test_the_picture_comes_from_the_committed_results(tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import frames
+
+    rows = frames.measure()
+    committed = (ROOT / "docs" / "results" / "frames.csv").read_text().splitlines()[1:]
+    assert len(rows) == len(committed)
+    for row, line in zip(rows, committed, strict=True):
+        variant, angle, seed, error = line.rsplit(",", 3)
+        assert (row[0], str(row[1]), str(row[2])) == (variant.strip('"'), angle, seed)
+        assert row[3] == pytest.approx(float(error), rel=1e-3, abs=1e-5)
+    frames.draw(ROOT / "docs" / "results" / "frames.csv", tmp_path / "frames.png")
+    assert (tmp_path / "frames.png").stat().st_size > 10_000
