@@ -1,0 +1,121 @@
+"""The numerical optimum over all clients' rotations: the yardstick must not be beaten, nor beat the floor."""
+
+import math
+
+import pytest
+import torch
+from core_helpers import SHAPES, dense_errors, make_adapter, moved, random_rotations, turned, upload
+
+from fedrot.core.adapter import Adapter
+from fedrot.core.alignment import find_rotations, rotate
+from fedrot.core.best_rotation import best_rotation_error2
+from fedrot.core.diagnostics import AggregationErrors, ExactErrors, exact_errors
+
+SMALL = {"q": (9, 8), "v": (9, 8), "o": (7, 10)}
+
+
+def errors_of(adapters: list[Adapter], weights: list[float]) -> dict[str, dict[str, float]]:
+    return exact_errors(adapters, weights, rho=True)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 6])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_best_rotation_is_between_the_floor_and_the_frames_as_they_are(rank, count):
+    adapters = [make_adapter(10 * rank + i, rank, shapes=SMALL) for i in range(count)]
+    weights = [float(i + 1) for i in range(count)]
+    dense = dense_errors(adapters, weights)
+    for name, layer in errors_of(adapters, weights).items():
+        slack = 1e-12 * layer["ideal2"]
+        assert dense[name]["floor2"] - slack <= layer["best2"] <= dense[name]["error2"] * (1 + 1e-9) + slack
+
+
+@pytest.mark.parametrize("rank", [2, 3, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_frames_that_hide_one_common_update_are_found_and_rho_is_1(rank, seed):
+    adapter = make_adapter(seed, rank, shapes=SMALL)
+    clients = [turned(adapter, random_rotations(seed + k, adapter)) for k in (10, 20, 30)]
+    found = errors_of(clients, [1.0, 4.0, 2.0])
+    for layer in found.values():
+        assert layer["before2"] > 1e-3 * layer["ideal2"]
+        assert layer["best2"] <= 1e-9 * layer["ideal2"]
+    assert AggregationErrors(found, False, 3).totals()["rho"] == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_the_frames_are_common_there_is_nothing_to_gain(seed):
+    adapter = make_adapter(seed, 3, shapes=SMALL, dtype=torch.float64)
+    clients = [moved(adapter, seed + k, 0.02) for k in (1, 2, 3)]
+    turned_away = [turned(c, random_rotations(seed + 9 * i, c)) for i, c in enumerate(clients)]
+    near, far = errors_of(clients, [1.0] * 3), errors_of(turned_away, [1.0] * 3)
+    for name in SMALL:
+        assert far[name]["best2"] <= near[name]["before2"] * (1 + 1e-6)  # at least as good as the frames once were
+        assert near[name]["best2"] >= near[name]["floor2"] * (1 - 1e-9)
+
+
+def test_in_the_plane_the_search_finds_what_trying_all_angles_finds():
+    adapters = [make_adapter(i, 2, 1.0, shapes={"q": (5, 4)}, dtype=torch.float64) for i in (3, 4)]
+    (a1, b1), (a2, b2) = ((c.layers["q"].a, c.layers["q"].b) for c in adapters)
+    ideal = 0.5 * (b1 @ a1 + b2 @ a2)
+    angle = torch.linspace(-math.pi, math.pi, 4001, dtype=torch.float64)
+    c, s = angle.cos(), angle.sin()
+    r = torch.stack([torch.stack([c, -s], -1), torch.stack([s, c], -1)], -2)
+    tried = (ideal - 0.25 * (b1 + b2 @ r) @ (a1 + r.mT @ a2)).square().sum((-2, -1))
+    assert errors_of(adapters, [1.0, 1.0])["q"]["best2"] == pytest.approx(float(tried.min()), rel=1e-4)
+
+
+def test_the_optimum_does_not_depend_on_the_frames_the_clients_hold():
+    adapters = [make_adapter(i, 2, shapes=SMALL, dtype=torch.float64) for i in range(2)]
+    other = [turned(a, random_rotations(50 + i, a)) for i, a in enumerate(adapters)]
+    one, two = errors_of(adapters, [1.0, 1.0]), errors_of(other, [1.0, 1.0])
+    for name in SMALL:
+        assert two[name]["best2"] == pytest.approx(one[name]["best2"], rel=1e-3)
+
+
+def test_layers_of_a_batch_do_not_spoil_each_other():
+    stacked = [torch.stack([getattr(make_adapter(i).layers[n], s) for n in ("enc.0.query", "enc.0.value")])
+               for s in "ab" for i in range(3)]  # fmt: skip
+    a, b = torch.stack(stacked[:3]).double(), torch.stack(stacked[3:]).double()
+    p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    together = best_rotation_error2(a, b, p)
+    alone = torch.cat([best_rotation_error2(a[:, i : i + 1], b[:, i : i + 1], p) for i in range(2)])
+    torch.testing.assert_close(together, alone, rtol=0.02, atol=0)
+    huge = best_rotation_error2(torch.cat([a[:, :1], 1e4 * a[:, 1:]], 1), b, p)
+    assert float(huge[0]) == pytest.approx(float(alone[0]), rel=0.02)
+
+
+def test_a_client_without_an_update_does_no_harm():
+    adapters = [make_adapter(0, zero_b=True), make_adapter(1, zero_b=True), make_adapter(2)]
+    for layer in errors_of(adapters, [1.0] * 3).values():
+        assert math.isfinite(layer["best2"])
+        assert layer["best2"] <= layer["before2"] * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", [0, 2, 7, 14, 23])
+def test_the_best_rotation_is_above_neither_the_frames_sent_nor_the_clients_own(seed):
+    """Turning towards a strange reference makes matters worse; the search must not start from there alone."""
+    base, reference = (make_adapter(seed + k, 3, shapes={"q": (9, 8), "o": (7, 10)}, dtype=torch.float64)
+                       for k in (0, 500))  # fmt: skip
+    errors = ExactErrors(rho=True)
+    for k in range(3):
+        local = moved(base, 100 * seed + k, 0.01)
+        rotation = find_rotations([local], reference, "B", 1.0)[0]
+        errors.add(upload(rotate(local, rotation), rotation), 1.0)
+    for layer in errors.result().layers.values():
+        assert layer["best2"] <= layer["after2"] * (1 + 1e-6)
+        assert layer["best2"] <= layer["before2"] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 9, 34])
+def test_rho_is_zero_where_there_is_no_error_but_rounding(seed):
+    adapter = make_adapter(seed, rank=1, shapes=SMALL)  # at rank one there is not even anything to turn
+    totals = AggregationErrors(errors_of([adapter] * 3, [1, 2, 4]), False, 3).totals()
+    assert totals["before_relative"] < 1e-12
+    assert totals["rho"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_caller_s_gradients_are_left_alone():
+    adapters = [make_adapter(i).map(lambda t: t.requires_grad_()) for i in range(2)]
+    with torch.no_grad():
+        found = errors_of(adapters, [1.0, 1.0])
+    assert found.keys() == SHAPES.keys()
+    assert all(t.grad is None for a in adapters for _, t in a.tensors())
