@@ -83,6 +83,17 @@ def test_layers_of_a_batch_do_not_spoil_each_other():
     assert float(huge[0]) == pytest.approx(float(alone[0]), rel=0.02)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_layer_that_is_hard_does_not_spoil_one_that_was_nearly_right(seed):
+    base = make_adapter(seed, shapes={"near": (9, 8)}, dtype=torch.float64)
+    clients = []
+    for k in range(3):
+        far = make_adapter(1000 * seed + k, shapes={"far": (9, 8)}, dtype=torch.float64)
+        clients.append(Adapter({**moved(base, 100 * seed + k, 1e-8).layers, **far.layers}))
+    for layer in errors_of(clients, [1.0] * 3).values():
+        assert layer["best2"] <= layer["before2"] * (1 + 1e-6)
+
+
 def test_a_client_without_an_update_does_no_harm():
     adapters = [make_adapter(0, zero_b=True), make_adapter(1, zero_b=True), make_adapter(2)]
     for layer in errors_of(adapters, [1.0] * 3).values():

@@ -66,9 +66,10 @@ def test_layers_of_different_rank_and_scale_are_kept_by_patterns(tmp_path):
     assert_same_adapter(Adapter.load(tmp_path), mixed)
 
 
-def test_a_layer_s_pattern_does_not_catch_a_layer_whose_path_only_ends_alike(tmp_path):
-    shapes = {"q": (6, 5), "dec.q": (6, 5), "dec.aq": (6, 5)}
-    adapter = with_layer(make_adapter(0, shapes=shapes), "q", scale=7.0)
+@pytest.mark.parametrize("name", ["q", "dec.q"])
+def test_a_layer_s_pattern_does_not_catch_a_layer_whose_path_looks_alike(tmp_path, name):
+    shapes = {"q": (6, 5), "dec.q": (6, 5), "dec.aq": (6, 5), "dec_q": (6, 5), "model.dec.q": (6, 5)}
+    adapter = with_layer(make_adapter(0, shapes=shapes), name, scale=7.0)
     adapter.save(tmp_path)
     assert_same_adapter(Adapter.load(tmp_path), adapter)
 

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fedrot.learning.sources.read import read_dataset
 from hypothesis import settings
 from hypothesis import strategies as st
 
 from fedrot.core.adapter import Adapter
 from fedrot.core.errors import DataError, FedrotError
-from fedrot.learning.data import Dataset, Rows, read_dataset
+from fedrot.learning.data import Dataset, Rows
 from fedrot.learning.encoding import Encoded
 from fedrot.learning.models import ResidentModel, load_model
 from fedrot.learning.settings import DataSettings, LoraSettings, ModelSettings

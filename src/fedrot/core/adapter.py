@@ -3,6 +3,7 @@
 No aggregation code sees a raw state dict, a model or a file: it sees an `Adapter`.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,6 +44,8 @@ class LoraPair:
             raise AdapterError(f"empty LoRA factor: a {tuple(self.a.shape)}, b {tuple(self.b.shape)}")
         if not (self.a.is_floating_point() and self.b.is_floating_point()):
             raise AdapterError(f"LoRA factors must be floating point, got {self.a.dtype} and {self.b.dtype}")
+        if self.a.dtype != self.b.dtype:
+            raise AdapterError(f"LoRA factors of different dtype: a is {self.a.dtype}, b is {self.b.dtype}")
 
     @property
     def rank(self) -> int:
@@ -164,4 +167,18 @@ def same_form(adapter: Adapter, reference: Adapter, who: str = "adapter") -> Non
         if tensor.shape != form[name].shape:
             raise AdapterError(
                 f"{who}: {name} has shape {tuple(tensor.shape)}, the reference has {tuple(form[name].shape)}"
+            )
+
+
+def same_update(adapter: Adapter, reference: Adapter, who: str) -> None:
+    """Raise `AdapterError` unless equal factors mean equal updates: the same scales, but for the rounding of alpha / r,
+    and the same orientation, layer by layer. The layers are those of `reference` (see `same_form`).
+    """
+    for name, pair in reference.layers.items():
+        mine = adapter.layers[name]
+        if not math.isclose(mine.scale, pair.scale, rel_tol=1e-9):
+            raise AdapterError(f"{who}: layer {name!r} has scale {mine.scale} (alpha / r), not {pair.scale}")
+        if mine.fan_in_fan_out != pair.fan_in_fan_out:
+            raise AdapterError(
+                f"{who}: layer {name!r} has fan_in_fan_out {mine.fan_in_fan_out}: it fits other base layers"
             )

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from fedrot.core.adapter import Adapter, same_form
+from fedrot.core.adapter import Adapter, same_form, same_update
+from fedrot.core.alignment import same_layers
 from fedrot.core.errors import FedrotError, RecipeError, choices
 from fedrot.core.methods import get_method, methods
 from fedrot.core.methods.base import Broadcast, Seat, ServerState
@@ -50,24 +51,16 @@ def aggregate(
     if kind.needs_reference and reference is None:
         raise RecipeError(f"method {method!r} aligns to a reference; give reference=, e.g. the common starting adapter")
 
-    wide = [as_float32(adapter) for adapter in adapters]
-    for index, adapter in enumerate(wide):
-        same_form(adapter, wide[0], who=f"adapters[{index}]")
-        _same_scales(adapter, wide[0], index)
+    for index, adapter in enumerate(adapters):
+        same_form(adapter, adapters[0], who=f"adapters[{index}]")
+        same_update(adapter, adapters[0], who=f"adapters[{index}]")
+    if reference is not None:
+        same_layers(reference, adapters[0])
     chosen = kind.standalone(**settings)
     # Round 1 is the first in which a method does all that it does.
-    broadcast = Broadcast(round=1, adapter=as_float32(reference) if reference is not None else wide[0])
-    reduction = Reduction(wide[0], chosen.uploads(1), keep=kind.capabilities.reduction == "factors")
-    for index, (adapter, weight) in enumerate(zip(wide, weights, strict=True)):
+    broadcast = Broadcast(round=1, adapter=reference or adapters[0])
+    reduction = Reduction(as_float32(adapters[0]), chosen.uploads(1), keep=kind.capabilities.reduction == "factors")
+    for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         result = chosen.client(adapter, broadcast, Seat(name=str(index)), generator("aggregate", index))
         reduction.add(result.adapter, weight)
     return chosen.server(ServerState(broadcast), reduction.result()).broadcast.adapter
-
-
-def _same_scales(adapter: Adapter, first: Adapter, index: int) -> None:
-    for name, pair in adapter.layers.items():
-        if pair.scale != first.layers[name].scale:
-            raise FedrotError(
-                f"adapters[{index}]: layer {name!r} has scale {pair.scale} (alpha / r), adapters[0] has "
-                f"{first.layers[name].scale}; averaging factors of different scale would be wrong"
-            )

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fedrot.core.adapter import Adapter, LoraPair, same_form, stacks
+from fedrot.core.adapter import Adapter, same_form, stacks
 from fedrot.core.errors import FedrotError, choices
 from fedrot.core.linalg import procrustes, soften
 
@@ -74,20 +74,20 @@ def find_rotations(
     if factor not in get_args(Factor):
         raise FedrotError(f"factor must be {choices(get_args(Factor))}, got {factor!r}")
     found: list[dict[str, Tensor]] = [{} for _ in adapters]
+    eps = max(torch.finfo(p.a.dtype).eps for adapter in (*adapters, reference) for p in adapter.layers.values())
     for stack in stacks([*adapters, reference], torch.float64):
         # The reference is the last of the stack; slicing keeps its dimension, so it broadcasts over the adapters.
         a, b, a_ref, b_ref = stack.a[:-1], stack.b[:-1], stack.a[-1:], stack.b[-1:]
         left, right = (a, a_ref.mT) if factor == "A" else (b.mT, b_ref)
-        rotation = soften(procrustes(left @ right, _noise(adapters[0].layers[stack.names[0]], left, right)), strength)
+        rotation = soften(procrustes(left @ right, _noise(eps, left, right)), strength)
         for one, rotations in zip(found, rotation, strict=True):
             one.update(zip(stack.names, rotations, strict=True))
     return found
 
 
-def _noise(pair: LoraPair, left: Tensor, right: Tensor) -> Tensor:  # (N, L)
+def _noise(eps: float, left: Tensor, right: Tensor) -> Tensor:  # (N, L)
     """The level in left @ right that comes from the factors' own rounding: below it a direction says nothing."""
-    eps = max(torch.finfo(pair.a.dtype).eps, torch.finfo(pair.b.dtype).eps)
-    return eps * left.norm(dim=(-2, -1)) * right.norm(dim=(-2, -1)) / math.sqrt(pair.rank)
+    return eps * left.norm(dim=(-2, -1)) * right.norm(dim=(-2, -1)) / math.sqrt(left.shape[-2])
 
 
 def rotate(adapter: Adapter, rotations: Rotations, keep_dtype: bool = False) -> Adapter:

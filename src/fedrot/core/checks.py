@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from fedrot.core.adapter import Adapter, same_form
+from fedrot.core.adapter import Adapter, same_form, same_update
 from fedrot.core.errors import AdapterError, FedrotError
 from fedrot.core.methods.base import Upload
 from fedrot.core.settings import CheckSettings
@@ -23,6 +23,7 @@ def check_upload(upload: Upload, form: Adapter, settings: CheckSettings) -> None
     """
     try:
         same_form(upload.adapter, form, who="upload")
+        same_update(upload.adapter, form, who="upload")
     except AdapterError as problem:
         raise RejectedUpload(str(problem)) from None
     sent = dict(form.tensors())
@@ -33,11 +34,6 @@ def check_upload(upload: Upload, form: Adapter, settings: CheckSettings) -> None
         if not bool(torch.isfinite(tensor).all()):
             raise RejectedUpload(f"upload: {name} holds values that are not finite (NaN or infinite)")
         change2 += float((tensor.double() - sent[name].double()).square().sum())
-    for name, pair in form.layers.items():
-        if upload.adapter.layers[name].scale != pair.scale:
-            raise RejectedUpload(
-                f"upload: layers/{name} has scale {upload.adapter.layers[name].scale}, not {pair.scale}"
-            )
     if settings.max_norm is not None and math.sqrt(change2) > settings.max_norm:
         raise RejectedUpload(
             f"upload: its change has norm {math.sqrt(change2):.3g}, above checks.max_norm {settings.max_norm:g}"

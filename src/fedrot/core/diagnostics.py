@@ -21,6 +21,8 @@ from fedrot.core.methods.base import Upload
 from fedrot.core.settings import DiagnosticsSettings
 from fedrot.core.sketch import SketchedErrors
 
+_ROUNDING = 1e-10  # relative
+
 
 @dataclass(frozen=True)
 class AggregationErrors:
@@ -47,7 +49,9 @@ class AggregationErrors:
         if "best" in squares:
             avoidable = math.sqrt(squares["before"]) - math.sqrt(squares["floor"])
             gained = math.sqrt(squares["before"]) - math.sqrt(squares["best"])
-            found["rho"] = max(0.0, gained) / avoidable if avoidable > 0 else 0.0
+            # An error at the level of float64's rounding has no causes to share out.
+            real = avoidable > _ROUNDING * math.sqrt(squares["ideal"])
+            found["rho"] = min(1.0, max(0.0, gained) / avoidable) if real else 0.0
         return found
 
 
@@ -88,10 +92,12 @@ class ExactErrors:
     def result(self) -> AggregationErrors:
         """The errors over all uploads seen."""
         rotated = any(b is not a for b, a in zip(self._before, self._after, strict=True))
-        layers = exact_errors(self._after, self._weights, self._rho)
+        layers = exact_errors(self._before, self._weights, self._rho)
         if rotated:
-            for name, layer in exact_errors(self._before, self._weights).items():
-                layers[name]["before2"] = layer["after2"]
+            for name, layer in exact_errors(self._after, self._weights).items():
+                layers[name]["after2"] = layer["after2"]
+                if self._rho:  # the frames that alignment found are rotations too
+                    layers[name]["best2"] = min(layers[name]["best2"], layer["after2"])
         return AggregationErrors(layers, estimated=False, clients=len(self._weights))
 
 
@@ -118,6 +124,7 @@ class SketchObserver:
         layers = self._after.layers()
         for name, layer in self._before.layers().items():
             layers[name]["before2"] = layer["after2"]
+            layers[name]["floor2"] = min(layers[name]["floor2"], layer["floor2"])
         return AggregationErrors(layers, estimated=True, clients=self._after.count)
 
 

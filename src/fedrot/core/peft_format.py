@@ -68,7 +68,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AdapterError(f"{path}: no such file; an adapter folder needs it beside {TENSOR_FILE}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+    except OSError as problem:
+        raise AdapterError(f"{path}: cannot be read ({problem.strerror})") from None
+    except ValueError as problem:
         raise AdapterError(f"{path}: not valid JSON ({problem})") from None
     if not isinstance(config, dict):
         raise AdapterError(f"{path}: holds a {type(config).__name__}, not an object of settings")
@@ -80,14 +82,33 @@ def _read_config(path: Path) -> dict[str, Any]:
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         raise AdapterError(f"{path}: init_lora_weights {start!r} changes the base weights; only plain LoRA can be used")
-    for key, kind in (("r", int), ("lora_alpha", (int, float))):
-        value = config.get(key, 8)
-        if isinstance(value, bool) or not isinstance(value, kind) or not value > 0 or not math.isfinite(value):
-            raise AdapterError(f"{path}: {key} must be a positive number, got {value!r}")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(key) or {}, dict):
-            raise AdapterError(f"{path}: {key} must be an object, got {config[key]!r}")
+    for key, pattern, kind in (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", (int, float))):
+        if not _positive(config.get(key, 8), kind):
+            raise AdapterError(f"{path}: {key} must be a positive number, got {config[key]!r}")
+        found = config.get(pattern) or {}
+        if not isinstance(found, dict):
+            raise AdapterError(f"{path}: {pattern} must be an object, got {found!r}")
+        for layer, value in found.items():
+            if not (_expression(layer) and _positive(value, kind)):
+                raise AdapterError(
+                    f"{path}: {pattern} must map layer patterns to positive numbers, got {layer!r}: {value!r}"
+                )
+    saved = config.get("modules_to_save") or []
+    if not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        raise AdapterError(f"{path}: modules_to_save must be a list of names, got {saved!r}")
     return config
+
+
+def _positive(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and value > 0 and math.isfinite(value)
+
+
+def _expression(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def _sort_keys(
@@ -95,7 +116,8 @@ def _sort_keys(
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Split the file's tensors in LoRA factors by layer and the head, refusing every other key."""
     saved = [re.escape(module) for module in config.get("modules_to_save") or []]
-    in_head = re.compile(rf"(^|\.)({'|'.join(saved)})\.") if saved else None
+    # PEFT saves every module whose path ends in one of these names, dot or no dot before it.
+    in_head = re.compile(rf"({'|'.join(saved)})\.") if saved else None
     factors: dict[str, dict[str, Tensor]] = {}
     head: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -160,8 +182,8 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
     for key, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{folder}: {key} holds values that are not finite (NaN or infinite); not saved")
-    write_atomic(folder / TENSOR_FILE, tensor_bytes(tensors, {"format": "pt"}))
     config = json.dumps(_config_of(adapter, folder), indent=2, sort_keys=True)
+    write_atomic(folder / TENSOR_FILE, tensor_bytes(tensors, {"format": "pt"}))
     write_atomic(folder / CONFIG_FILE, config.encode() + b"\n")
 
 

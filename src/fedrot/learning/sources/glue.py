@@ -20,6 +20,7 @@ class Task:
     text: tuple[str, ...]
     pair: tuple[str, ...] = ()
     label: tuple[str, ...] = ("label",)
+    broken_lines: bool = False  # the published file has lines that a line end within a text broke in two
 
 
 _ENTAILED = ("entailment", "not_entailment")
@@ -31,6 +32,7 @@ TASKS = {
         text=("question1",),
         pair=("question2",),
         label=("label", "is_duplicate"),
+        broken_lines=True,
     ),
     "rte": Task(labels=_ENTAILED, text=("sentence1",), pair=("sentence2",)),
     "mnli": Task(
@@ -57,7 +59,7 @@ def read(settings: DataSettings) -> Dataset:
         raise DataError(f"data.name: give the GLUE task, {choices(TASKS)}")
     task = TASKS[settings.name]
     if settings.path:
-        tables = _local(Path(settings.path))
+        tables = _local(Path(settings.path), task)
     else:
         tables = hub_tables(HUB, settings.name)
     splits = {split: _rows(table, task, source) for split, (table, source) in tables.items()}
@@ -67,15 +69,21 @@ def read(settings: DataSettings) -> Dataset:
     return Dataset(splits, task.labels)
 
 
-def _local(folder: Path) -> dict[str, tuple[Table, Path]]:
+def _local(folder: Path, task: Task) -> dict[str, tuple[Table, Path]]:
+    """The task's files: train.tsv, dev.parquet and the like, or the hub's train-00000-of-00001.parquet."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder (data.path)")
     found: dict[str, tuple[Table, Path]] = {}
     for split, names in _SPLITS.items():
-        paths = [folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
-        path = next((path for path in paths if path.is_file()), None)
-        if path:
-            found[split] = read_table(path), path
+        single = [folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
+        path = next((path for path in single if path.is_file()), None)
+        if path is not None:
+            found[split] = read_table(path, skip_broken=task.broken_lines), path
+            continue
+        shards = sorted(shard for name in names for shard in folder.glob(f"{name}-?????-of-?????.parquet"))
+        tables = [read_table(shard) for shard in shards]
+        if tables:
+            found[split] = {c: [v for table in tables for v in table.get(c, [])] for c in tables[0]}, shards[0]
     return found
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,21 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 Table = dict[str, list[Any]]
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None) -> Table:
+def read_table(path: Path, columns: Sequence[str] | None = None, skip_broken: bool = False) -> Table:
     """The columns of a table file by name. `columns` names those of a CSV or TSV file without a header line.
 
-    TSV is read without quoting, as GLUE's files are written. Raises `DataError` naming the file and line.
+    TSV is read without quoting, as GLUE's files are written. With `skip_broken`, lines of CSV and TSV files that have
+    too many or too few fields are left out and counted in the log. Raises `DataError` naming the file and line.
     """
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; use {choices(SUFFIXES)}")
     try:
         if path.suffix == ".parquet":
             return _parquet(path)
-        with path.open(encoding="utf-8", newline="") as file:
-            return _jsonl(path, file) if path.suffix == ".jsonl" else _separated(path, file, columns)
+        with path.open(encoding="utf-8-sig", newline="") as file:  # a byte order mark is no part of a name
+            if path.suffix == ".jsonl":
+                return _jsonl(path, file)
+            return _separated(path, file, columns, skip_broken)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as problem:
@@ -37,11 +41,11 @@ def column(table: Table, name: str, path: Path, key: str) -> list[Any]:
     return table[name]
 
 
-def text_column(table: Table, name: str, path: Path, key: str) -> list[str]:
-    """One column of texts; a missing value is an error that names its row."""
+def text_column(table: Table, name: str, path: Path, key: str, empty: bool = True) -> list[str]:
+    """One column of texts; a missing value, or an empty one unless it may be, is an error that names its row."""
     values = column(table, name, path, key)
     for row, value in enumerate(values, start=1):
-        if value is None:
+        if value is None or (value == "" and not empty):
             raise DataError(f"{path}: row {row} has no {name!r} ({key})")
     return [str(value) for value in values]
 
@@ -69,11 +73,13 @@ def _jsonl(path: Path, file: Any) -> Table:
         if not isinstance(row, dict):
             raise DataError(f"{path}: line {number} holds a {type(row).__name__}, not an object")
         rows.append(row)
+    if not rows:
+        raise DataError(f"{path}: the file is empty")
     names = list(dict.fromkeys(name for row in rows for name in row))
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _separated(path: Path, file: Any, columns: Sequence[str] | None) -> Table:
+def _separated(path: Path, file: Any, columns: Sequence[str] | None, skip_broken: bool) -> Table:
     if path.suffix == ".tsv":
         reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
@@ -81,8 +87,12 @@ def _separated(path: Path, file: Any, columns: Sequence[str] | None) -> Table:
     try:
         names = list(columns) if columns else next(reader, [])
         values: list[list[str]] = []
+        skipped = 0
         for row in reader:
             if not row:
+                continue
+            if len(row) != len(names) and skip_broken:
+                skipped += 1
                 continue
             if len(row) != len(names):
                 raise DataError(f"{path}: line {reader.line_num} has {len(row)} fields, expected {len(names)}")
@@ -91,4 +101,6 @@ def _separated(path: Path, file: Any, columns: Sequence[str] | None) -> Table:
         raise DataError(f"{path}: line {reader.line_num}: {problem}") from None
     if not names:
         raise DataError(f"{path}: the file is empty")
+    if skipped:
+        logging.getLogger("fedrot").warning("%s: left out %d lines with too many or too few fields", path, skipped)
     return {name: [row[i] for row in values] for i, name in enumerate(names)}

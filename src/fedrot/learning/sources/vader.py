@@ -40,9 +40,11 @@ def read(settings: DataSettings) -> Dataset:
 
 def _ratings(path: Path) -> list[tuple[str, float]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run: fedrot data fetch vader") from None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise DataError(f"{path}: cannot be read ({problem})") from None
     found = []
     for number, line in enumerate(lines, start=1):
         fields = line.split("\t", 2)

@@ -1,0 +1,31 @@
+"""The one way in: from data settings to a `Dataset`."""
+
+from dataclasses import replace
+
+import torch
+
+from fedrot.core.errors import DataError
+from fedrot.core.seeding import generator
+from fedrot.learning.data import Dataset
+from fedrot.learning.settings import DataSettings
+from fedrot.learning.sources import files, glue, vader
+
+_SOURCES = {"files": files.read, "glue": glue.read, "vader": vader.read}
+
+
+def read_dataset(settings: DataSettings, seed: int) -> Dataset:
+    """Read the examples that `settings` describe.
+
+    Raises `DataError` naming the file, line or column that cannot be used.
+    """
+    dataset = _SOURCES[settings.source](settings)
+    for name, rows in dataset.splits.items():
+        if not len(rows):
+            raise DataError(f"the split {name!r} holds no examples")
+    if len(dataset.labels) < 2:
+        raise DataError(f"the data has one label only ({dataset.labels[0]!r}); classification needs two or more")
+    train = dataset.split("train")
+    if settings.limit is not None and settings.limit < len(train):
+        keep = torch.randperm(len(train), generator=generator(seed, "limit"))[: settings.limit]
+        dataset = replace(dataset, splits=dataset.splits | {"train": train.take(sorted(keep.tolist()))})
+    return dataset
