@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 RUN := $(VENV)/.run-installed
 DEV := $(VENV)/.dev-installed
 # Options for the demonstration's runs, e.g. DEMO_FLAGS="--rounds 2"

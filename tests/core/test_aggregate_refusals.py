@@ -107,6 +107,15 @@ def test_a_reference_of_another_form_is_refused_whatever_the_strength(reference,
         aggregate(PAIR, method="fedrot", reference=reference, strength=strength)
 
 
+def test_it_is_the_reference_that_is_said_to_lack_a_layer():
+    with pytest.raises(AdapterError) as caught:
+        aggregate(PAIR, method="fedrot", reference=make_adapter(5, shapes={"enc.0.out": (7, 16)}))
+    assert "the reference has it" not in str(caught.value)
+    with pytest.raises(AdapterError) as caught:
+        aggregate(PAIR, method="fedrot", reference=make_adapter(5, shapes={**SHAPES, "enc.9.out": (7, 16)}))
+    assert "not in the reference" not in str(caught.value)
+
+
 def test_a_reference_without_a_head_will_do():
     with_head, without = (
         aggregate(PAIR, method="fedrot", reference=make_adapter(2, head=head)) for head in (True, False)

@@ -83,13 +83,47 @@ def test_layers_of_a_batch_do_not_spoil_each_other():
     assert float(huge[0]) == pytest.approx(float(alone[0]), rel=0.02)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_layer_that_is_hard_does_not_spoil_one_that_was_nearly_right(seed):
+def searched(adapters: list[Adapter]) -> float:
+    """A search of one layer in float64 that measures its progress by the error itself."""
+    a, b = (torch.stack([getattr(c.layers["q"], s) for c in adapters]) for s in "ab")
+    ideal, free = (b @ a).mean(0), torch.zeros(len(a), a.shape[1], a.shape[1], dtype=torch.float64, requires_grad=True)
+
+    def error2() -> torch.Tensor:
+        r = torch.linalg.matrix_exp(free - free.mT)
+        return (ideal - (b @ r).mean(0) @ (r.mT @ a).mean(0)).square().sum()
+
+    start = float(error2().detach())
+    search = torch.optim.LBFGS([free], max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        search.zero_grad()
+        loss = error2() / start
+        torch.autograd.backward(loss)
+        return loss
+
+    search.step(closure)
+    return float(error2().detach())
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.1, 0.01, 1e-3])
+def test_the_search_does_not_stop_early_where_the_error_is_small(spread):
+    base = make_adapter(0, 4, 1.0, shapes={"q": (20, 18)}, dtype=torch.float64)
+    clients = []
+    for k in range(4):
+        skew = random_rotations(7 * k, base)["q"]
+        rotation = torch.linalg.matrix_exp(0.3 * spread * (skew - skew.T))
+        clients.append(turned(moved(base, k, spread), {"q": rotation}))
+    assert errors_of(clients, [1.0] * 4)["q"]["best2"] <= searched(clients) * 1.02
+
+
+@pytest.mark.parametrize("spread", [1e-2, 1e-5, 1e-8])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_layer_with_a_tiny_error_beside_one_with_a_large_one_is_not_made_worse(seed, spread):
     base = make_adapter(seed, shapes={"near": (9, 8)}, dtype=torch.float64)
     clients = []
     for k in range(3):
         far = make_adapter(1000 * seed + k, shapes={"far": (9, 8)}, dtype=torch.float64)
-        clients.append(Adapter({**moved(base, 100 * seed + k, 1e-8).layers, **far.layers}))
+        clients.append(Adapter({**moved(base, 100 * seed + k, spread).layers, **far.layers}))
     for layer in errors_of(clients, [1.0] * 3).values():
         assert layer["best2"] <= layer["before2"] * (1 + 1e-6)
 

@@ -50,7 +50,8 @@ def test_the_scale_is_alpha_over_r_or_its_root_and_survives_saving(tmp_path, rsl
         adapter.save(tmp_path / f"{rank}")
         config = json.loads((tmp_path / f"{rank}" / CONFIG).read_text())
         assert (config["r"], config["use_rslora"]) == (rank, rslora)
-        assert config["lora_alpha"] == pytest.approx(alpha, rel=1e-12)
+        # A whole alpha comes back whole, and not as 7.999999999999999.
+        assert config["lora_alpha"] == (alpha if alpha == round(alpha) else pytest.approx(alpha, rel=1e-12))
         assert_same_adapter(Adapter.load(tmp_path / f"{rank}"), adapter)
 
 
@@ -142,6 +143,13 @@ def test_saving_what_is_not_finite_is_refused_by_name_and_writes_nothing(tmp_pat
             key = name.split("/")[1]
             with refused(key, "not finite", error=AdapterError):
                 broken.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, 0.0, -1.0])
+def test_a_scale_that_could_not_be_loaded_again_is_refused_and_writes_nothing(tmp_path, scale):
+    with refused("scale", error=AdapterError):
+        Adapter({"q": LoraPair(torch.ones(2, 3), torch.ones(4, 2), scale)}).save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

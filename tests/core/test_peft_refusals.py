@@ -108,7 +108,7 @@ def test_a_setting_that_makes_it_no_plain_lora_is_refused_by_its_key(folder, key
         Adapter.load(folder)
 
 
-@pytest.mark.parametrize("value", [True, False, "gaussian", "orthogonal"])
+@pytest.mark.parametrize("value", [True, False, "gaussian", "orthogonal", "eva"])
 def test_starting_values_that_leave_the_base_alone_are_accepted(folder, value):
     set_config(folder, init_lora_weights=value, use_dora=False, bias="none", trainable_token_indices=None)
     assert Adapter.load(folder).config["init_lora_weights"] == value

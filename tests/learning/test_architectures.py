@@ -36,7 +36,7 @@ KINDS: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
 }
 
 
-def write_model(folder: Path, kind: str, tiny_model: Path, **config: Any) -> Path:
+def write_model(folder: Path, kind: str, tiny_model: Path, pooler: bool = True, **config: Any) -> Path:
     """A random model of this kind with the tiny model's tokenizer; decoders have no padding token."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -48,7 +48,10 @@ def write_model(folder: Path, kind: str, tiny_model: Path, **config: Any) -> Pat
     torch.manual_seed(3)
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": 2, "eos_token_id": 3}
     made = AutoConfig.for_model(kind, vocab_size=len(tokenizer), max_position_embeddings=80, **ids, **config)
-    AutoModel.from_config(made).save_pretrained(folder)
+    encoder = AutoModel.from_config(made)
+    if not pooler:
+        encoder.pooler = None
+    encoder.save_pretrained(folder)
     assert (json.loads((folder / "tokenizer_config.json").read_text()).get("pad_token") is None) == decoder
     return folder
 
@@ -142,3 +145,40 @@ def test_a_head_of_more_than_one_module_is_saved_and_loaded_whole(tiny_model: Pa
     model = distilbert(tiny_model, tmp_path / "model")
     model.read().save(tmp_path / "adapter")
     assert_same(model.fit(Adapter.load(tmp_path / "adapter"), where="adapter"), model.read())
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "targets"),
+    [
+        ("bert", {**SIZES, "pooler": False}, None),
+        ("deberta-v2", SIZES, None),
+        ("electra", {**SIZES, "embedding_size": 32}, None),
+        ("mpnet", {**SIZES, "pooler": False}, ["q", "v"]),
+    ],
+)
+def test_an_adapter_means_the_same_wherever_its_checkpoint_is_loaded(
+    kind: str, config: dict[str, Any], targets: list[str] | None, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """What the checkpoint lacks starts at random, elsewhere at other numbers: it travels in the adapter's head."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    folder = write_model(tmp_path / "model", kind, tiny_model, **config)
+    model = resident(folder, targets=targets)
+    model.write(shaken(model.read()))
+    adapter = model.read()
+    adapter.save(tmp_path / "adapter")
+    inputs, _ = encoded_splits(model, tiny_data)["test"].batch([0, 1, 2])
+    torch.manual_seed(123)
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    plain = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    other = resident(folder, targets=targets, seed=99)
+    other.write(adapter)
+    with torch.no_grad():
+        expected = model.logits(inputs, "fp32")
+        torch.testing.assert_close(other.logits(inputs, "fp32"), expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(plain(**inputs).logits, expected, rtol=1e-4, atol=1e-6)
+    assert other.fingerprint() == model.fingerprint()

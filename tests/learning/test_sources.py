@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fedrot.learning.sources.read import read_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from learning_helpers import labelled, quick, refused, write_jsonl, write_lines, write_parquet, write_tsv
 
 from fedrot.learning.data import Dataset, Rows, hold_out
 from fedrot.learning.settings import DataSettings
+from fedrot.learning.sources.read import read_dataset
 
 TRAIN = [
     ("a good film", "positive", "films"),
@@ -179,6 +179,7 @@ GOOD = b"text,label\ngood,1\nbad,0\n"
         ("t.csv", b'text,label\ngood,1\n"bad,0\n', {}, ["t.csv: line 3"]),
         ("t.csv", b'text,label\ngood,1\n"so" bad,0\n', {}, ["t.csv: line 3"]),
         ("t.csv", b"", {}, ["t.csv", "empty"]),
+        ("t.csv", b"text,label,text\na,1,b\n", {}, ["t.csv", "'text'", "twice"]),
         ("t.tsv", b"", {}, ["t.tsv", "empty"]),
         ("t.jsonl", b"", {}, ["t.jsonl", "empty"]),
         ("t.csv", b"text,label\n", {}, ["t.csv", "no examples"]),

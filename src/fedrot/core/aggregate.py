@@ -55,7 +55,7 @@ def aggregate(
         same_form(adapter, adapters[0], who=f"adapters[{index}]")
         same_update(adapter, adapters[0], who=f"adapters[{index}]")
     if reference is not None:
-        same_layers(reference, adapters[0])
+        same_layers(reference, adapters[0], who="reference")
     chosen = kind.standalone(**settings)
     # Round 1 is the first in which a method does all that it does.
     broadcast = Broadcast(round=1, adapter=reference or adapters[0])

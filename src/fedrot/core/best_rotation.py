@@ -33,8 +33,7 @@ def best_rotation_error2(
 
     eye = torch.eye(r, dtype=torch.float64, device=a.device).expand(n, layers, r, r)
     starts = [eye, _common_frame(cols_a, weight), _common_frame(cols_b.mT, weight)]
-    size = ideal.square().sum((-2, -1)).clamp_min(torch.finfo(torch.float64).tiny)
-    return torch.stack([_descend(error2, start, size, iterations) for start in starts]).amin(0)
+    return torch.stack([_descend(error2, start, iterations) for start in starts]).amin(0)
 
 
 def _common_frame(rows: Tensor, weight: Tensor, sweeps: int = 5) -> Tensor:
@@ -46,7 +45,9 @@ def _common_frame(rows: Tensor, weight: Tensor, sweeps: int = 5) -> Tensor:
     return rotation
 
 
-def _descend(error2: Callable[[Tensor], Tensor], start: Tensor, size: Tensor, iterations: int) -> Tensor:
+def _descend(error2: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -> Tensor:
+    # Each layer counts by its own error at the start, so that small ones are searched as far as large ones.
+    size = error2(start).clamp_min(torch.finfo(torch.float64).tiny)
     free = torch.zeros_like(start, requires_grad=True)
     search = torch.optim.LBFGS([free], max_iter=iterations, line_search_fn="strong_wolfe", tolerance_grad=1e-10)
 

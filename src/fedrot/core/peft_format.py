@@ -37,7 +37,7 @@ _NOT_PLAIN: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None,),
 }
 # Starting values that change the base weight itself, so the adapter fits no unchanged base model.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def load_adapter(folder: Path) -> Adapter:
@@ -188,6 +188,9 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
 
 
 def _config_of(adapter: Adapter, folder: Path) -> dict[str, Any]:
+    for name, pair in adapter.layers.items():
+        if not _positive(pair.scale, (int, float)):
+            raise AdapterError(f"{folder}: layer {name!r} has scale {pair.scale!r}, it must be a positive number")
     flags = {pair.fan_in_fan_out for pair in adapter.layers.values()}
     if len(flags) > 1:
         raise AdapterError(f"{folder}: layers differ in fan_in_fan_out, which PEFT's format cannot say")

@@ -1,7 +1,6 @@
 """The base model with PEFT's adapters in it: loaded once, shared by every client; only factors and head are swapped."""
 
 import hashlib
-import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +19,6 @@ from fedrot.learning.fetch import fetched
 from fedrot.learning.settings import LoraSettings, ModelSettings
 
 _PEFT_NAME = "default"
-logger = logging.getLogger("fedrot")
 
 
 class ResidentModel:
@@ -181,6 +179,7 @@ def load_model(settings: ModelSettings, lora: LoraSettings, labels: Sequence[str
             lora_dropout=lora.dropout,
             target_modules=lora.targets,
             use_rslora=lora.rslora,
+            modules_to_save=_fresh_modules(loaded["missing_keys"]),
         )
         try:
             model = get_peft_model(base, config)
@@ -197,16 +196,22 @@ def load_model(settings: ModelSettings, lora: LoraSettings, labels: Sequence[str
 def _check_loaded(path: str, base: Any, missing: Iterable[str], tokenizer: Any) -> None:
     """Refuse what the library only warns of: parts of the base model that were not in the files and are random now.
 
-    A fresh head is what fine-tuning starts from. A missing pooler is usual for encoders that were saved without one;
-    it stays as drawn from the seed, and the log says so.
+    Fresh modules on top of it, head and pooler, are what fine-tuning starts from; see `_fresh_modules`.
     """
-    absent = sorted(name for name in missing if name.startswith(f"{base.base_model_prefix}."))
-    if poolers := [name for name in absent if ".pooler." in name]:
-        logger.warning("%s: %s is not in the files; it stays at its random start", path, poolers[0])
-    if others := [name for name in absent if ".pooler." not in name]:
-        raise DataError(f"{path}: {others[0]} and {len(others) - 1} more are not in the model's files; see model.path")
+    absent = sorted(n for n in missing if n.startswith(f"{base.base_model_prefix}.") and ".pooler." not in n)
+    if absent:
+        others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise DataError(f"{path}: {absent[0]}{others} cannot be found in the model's files; see model.path")
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise DataError(f"{path}: the tokenizer has no vocabulary, its files are missing; see model.path")
+
+
+def _fresh_modules(missing: Iterable[str]) -> list[str] | None:
+    """Modules that the files lack and that PEFT does not count as head by itself, such as a pooler: they are drawn from
+    the seed, so they must be trained and saved with the adapter, or it would mean something else elsewhere.
+    """
+    modules = {name.rpartition(".")[0] for name in missing}
+    return sorted(m for m in modules if not {"classifier", "score"} & set(m.split("."))) or None
 
 
 def _check_targets(targets: Sequence[str] | None, base: nn.Module, path: str) -> None:

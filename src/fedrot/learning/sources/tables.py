@@ -86,6 +86,8 @@ def _separated(path: Path, file: Any, columns: Sequence[str] | None, skip_broken
         reader = csv.reader(file, strict=True)
     try:
         names = list(columns) if columns else next(reader, [])
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise DataError(f"{path}: the column {twice[0]!r} is there twice")
         values: list[list[str]] = []
         skipped = 0
         for row in reader:
