@@ -161,12 +161,12 @@ def same_form(adapter: Adapter, reference: Adapter, who: str = "adapter") -> Non
         if missing := sorted(theirs - mine):
             raise AdapterError(f"{who}: {kind} {missing[0]!r} is missing")
         if extra := sorted(mine - theirs):
-            raise AdapterError(f"{who}: it has {kind} {extra[0]!r}, which is not in the other")
+            raise AdapterError(f"{who}: {kind} {extra[0]!r} is not in the reference")
     form = dict(reference.tensors())
     for name, tensor in adapter.tensors():
         if tensor.shape != form[name].shape:
             raise AdapterError(
-                f"{who}: {name} has shape {tuple(tensor.shape)}, the other has {tuple(form[name].shape)}"
+                f"{who}: {name} has shape {tuple(tensor.shape)}, the reference has {tuple(form[name].shape)}"
             )
 
 
