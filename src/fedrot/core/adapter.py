@@ -152,7 +152,7 @@ def _stack(adapters: Sequence[Adapter], names: Sequence[str], dtype: torch.dtype
     )
 
 
-def same_form(adapter: Adapter, reference: Adapter, who: str = "adapter") -> None:
+def same_form(adapter: Adapter, reference: Adapter, who: str = "adapter", other: str = "the reference") -> None:
     """Raise `AdapterError` unless both have the same layers and head, each of the same shapes."""
     for kind, mine, theirs in (
         ("layer", set(adapter.layers), set(reference.layers)),
@@ -161,13 +161,11 @@ def same_form(adapter: Adapter, reference: Adapter, who: str = "adapter") -> Non
         if missing := sorted(theirs - mine):
             raise AdapterError(f"{who}: {kind} {missing[0]!r} is missing")
         if extra := sorted(mine - theirs):
-            raise AdapterError(f"{who}: {kind} {extra[0]!r} is not in the reference")
+            raise AdapterError(f"{who}: {kind} {extra[0]!r} is not in {other}")
     form = dict(reference.tensors())
     for name, tensor in adapter.tensors():
         if tensor.shape != form[name].shape:
-            raise AdapterError(
-                f"{who}: {name} has shape {tuple(tensor.shape)}, the reference has {tuple(form[name].shape)}"
-            )
+            raise AdapterError(f"{who}: {name} has shape {tuple(tensor.shape)}, {other} has {tuple(form[name].shape)}")
 
 
 def same_update(adapter: Adapter, reference: Adapter, who: str) -> None:

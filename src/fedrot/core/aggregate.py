@@ -1,11 +1,10 @@
 """`fedrot.aggregate`: several adapters to one, by any method that needs no training round."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from fedrot.core.adapter import Adapter, same_form, same_update
-from fedrot.core.alignment import same_layers
 from fedrot.core.errors import FedrotError, RecipeError, choices
 from fedrot.core.methods import get_method, methods
 from fedrot.core.methods.base import Broadcast, Seat, ServerState
@@ -55,7 +54,8 @@ def aggregate(
         same_form(adapter, adapters[0], who=f"adapters[{index}]")
         same_update(adapter, adapters[0], who=f"adapters[{index}]")
     if reference is not None:
-        same_layers(reference, adapters[0], who="reference")
+        bare = (replace(reference, head={}), replace(adapters[0], head={}))  # the head is not rotated
+        same_form(*bare, who="reference", other="the adapters")
     chosen = kind.standalone(**settings)
     # Round 1 is the first in which a method does all that it does.
     broadcast = Broadcast(round=1, adapter=reference or adapters[0])

@@ -47,9 +47,9 @@ def align(
     return rotate(adapter, find_rotations([adapter], reference, factor, strength)[0], keep_dtype)
 
 
-def same_layers(adapter: Adapter, reference: Adapter, who: str = "adapter") -> None:
+def same_layers(adapter: Adapter, reference: Adapter) -> None:
     """Raise unless both have the same layers of the same shapes; the heads may differ, they are never rotated."""
-    same_form(replace(adapter, head={}), replace(reference, head={}), who)
+    same_form(replace(adapter, head={}), replace(reference, head={}))
 
 
 def check_strength(strength: float) -> float:
