@@ -84,7 +84,8 @@ def turned(adapter: Adapter, rotations: Mapping[str, Tensor]) -> Adapter:
 
 def upload(adapter: Adapter, rotation: Mapping[str, Tensor] | None = None, client: str = "c", **fields: int) -> Upload:
     """An upload as a client sends it."""
-    return Upload(client=client, adapter=adapter, rotation=rotation or {}, **{"held": 5, "used": 4, **fields})
+    usual = {"held": 5, "used": 4, "metrics": {"loss": 0.5, "steps": 2, "tokens": 40}}
+    return Upload(client=client, adapter=adapter, rotation=rotation or {}, **{**usual, **fields})
 
 
 def product(pair: LoraPair, scaled: bool = True) -> Tensor:

@@ -1,16 +1,22 @@
 """What an upload must be before it may touch the global state."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 
 from fedrot.core.adapter import Adapter, same_form, same_update
+from fedrot.core.drift import DRIFT_KEYS
 from fedrot.core.errors import AdapterError, FedrotError
 from fedrot.core.methods.base import Upload
 from fedrot.core.settings import CheckSettings
 
 # A rotation that arrives is orthogonal to this; it was computed in float64 and may have travelled as float32.
 _ORTHOGONAL = 1e-4
+
+
+# What every client reports of its local training.
+METRICS = ("loss", "steps", "tokens")
 
 
 class RejectedUpload(FedrotError):
@@ -42,6 +48,7 @@ def check_upload(upload: Upload, form: Adapter, settings: CheckSettings) -> None
         if isinstance(count, bool) or not isinstance(count, int) or count <= 0:
             raise RejectedUpload(f"upload: examples {what} must be a positive whole number, got {count!r}")
     _check_rotation(upload, form)
+    _check_reports(upload, form)
 
 
 def _check_rotation(upload: Upload, form: Adapter) -> None:
@@ -56,3 +63,22 @@ def _check_rotation(upload: Upload, form: Adapter) -> None:
         off = (r @ r.mT - torch.eye(pair.rank, dtype=r.dtype, device=r.device)).abs().max()
         if not float(off) < _ORTHOGONAL:
             raise RejectedUpload(f"upload: the rotation of {name} is not orthogonal")
+
+
+def _check_reports(upload: Upload, form: Adapter) -> None:
+    """The numbers beside the tensors end in log and report: all that are expected must be there, and be numbers."""
+    reports: list[tuple[str, Mapping[str, float], tuple[str, ...]]] = [("metrics", upload.metrics, METRICS)]
+    if upload.layers:
+        if set(upload.layers) != set(form.layers):
+            raise RejectedUpload("upload: its drift is not that of the adapter's layers")
+        reports += [(f"drift of {name}", found, DRIFT_KEYS) for name, found in upload.layers.items()]
+    for what, found, keys in reports:
+        for key in keys:
+            value = found.get(key)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise RejectedUpload(f"upload: {what}: {key} must be a finite number, got {value!r}")
+    for phase, seconds in upload.seconds.items():
+        if not (isinstance(seconds, (int, float)) and 0 <= seconds < math.inf):
+            raise RejectedUpload(
+                f"upload: the seconds of {phase} must be a number that is not negative, got {seconds!r}"
+            )

@@ -12,6 +12,8 @@ from fedrot.core.adapter import Adapter, stacks
 from fedrot.core.alignment import Rotations
 from fedrot.core.linalg import gauge_share, rotation_angle
 
+DRIFT_KEYS = ("drift_a", "drift_b", "move2", "gauge2", "angle", "turn")
+
 
 def client_drift(local: Adapter, broadcast: Adapter, rotations: Rotations) -> dict[str, dict[str, float]]:
     """By layer, before alignment: `drift_a` = ||A_i - A_ref||, `drift_b` = ||B_i - B_ref||, `move2` = the sum of their
