@@ -53,4 +53,4 @@ $(DEV): $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@ $(RUN)
 
 clean:
-	rm -rf $(VENV) build runs .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .hypothesis .import_linter_cache

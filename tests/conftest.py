@@ -113,6 +113,7 @@ def tiny_values(tiny_model: Path, tiny_data: Path) -> dict[str, Any]:
             "validation": "validation.csv",
             "test": "test.csv",
             "group": "group",
+            "max_length": 64,
         },
         "partition": {"kind": "column"},
         "local": {"lr": 0.01, "batch": 8, "steps": 3},

@@ -54,6 +54,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_da
             "validation": "validation.csv",
             "test": "test.csv",
             "group": "group",
+            "max_length": 64,
         },
         "partition": {"kind": "column"},
         "local": {"lr": 0.02, "batch": 8, "steps": 4},
@@ -249,6 +250,8 @@ def test_eval_gives_the_accuracy_that_the_run_stated(cli: Run, finished: Path) -
     one_line(cli("eval", finished.parent / "elsewhere"), "--recipe")
     one_line(cli("eval", finished.parent), "--recipe")
     one_line(cli("eval", finished, "--lora.rank", "3"), "shape")
+    one_line(cli("eval", finished, "--limit", "0"), "--limit")
+    one_line(cli("eval", finished, "--lora.head", "personal"), "personal", "clients/")
 
 
 def test_eval_of_a_missing_or_bare_adapter_is_one_line(cli: Run, finished: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def turned(adapter: Adapter, rotations: Mapping[str, Tensor]) -> Adapter:
     return replace(adapter, layers=layers)
 
 
-def upload(adapter: Adapter, rotation: Mapping[str, Tensor] | None = None, client: str = "c", **fields: int) -> Upload:
+def upload(adapter: Adapter, rotation: Mapping[str, Tensor] | None = None, client: str = "c", **fields: Any) -> Upload:
     """An upload as a client sends it."""
     usual = {"held": 5, "used": 4, "metrics": {"loss": 0.5, "steps": 2, "tokens": 40}}
     return Upload(client=client, adapter=adapter, rotation=rotation or {}, **{**usual, **fields})

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedrot.core.adapter import Adapter, LoraPair
 from fedrot.core.alignment import find_rotations, rotate
 from fedrot.core.checks import RejectedUpload, check_upload
+from fedrot.core.drift import client_drift
 from fedrot.core.settings import CheckSettings
 
 FORM = make_adapter(0)
@@ -160,3 +161,62 @@ def test_a_rotation_that_is_none_is_rejected_by_its_layer(name, rotation, words)
 def test_rotations_of_some_layers_only_are_rejected():
     with refused("upload", "rotations", error=RejectedUpload):
         check_upload(upload(GOOD, {"enc.0.out": torch.eye(3)}), FORM, OPEN)
+
+
+MEASURED = {"drift_a": 1.0, "drift_b": 0.5, "move2": 1.25, "gauge2": 0.1, "angle": 0.0, "turn": 0.0}
+USUAL = {"loss": 0.5, "steps": 2, "tokens": 40}
+NO_NUMBERS = [math.nan, math.inf, "0.5", None, True, [1.0]]
+
+
+def test_reports_of_every_layer_and_phase_pass():
+    layers = client_drift(GOOD, FORM, random_rotations(0, GOOD))
+    check_upload(upload(GOOD, layers=layers, seconds={"train": 0.0, "align": 1}), FORM, OPEN)
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+@pytest.mark.parametrize("key", list(USUAL))
+def test_a_metric_that_is_no_finite_number_is_rejected_by_its_name(key, value):
+    with refused("upload", key, error=RejectedUpload):
+        check_upload(upload(GOOD, metrics={**USUAL, key: value}), FORM, OPEN)
+
+
+@pytest.mark.parametrize("key", list(USUAL))
+def test_a_metric_that_is_missing_is_rejected_by_its_name(key):
+    with refused("upload", key, error=RejectedUpload):
+        check_upload(upload(GOOD, metrics={k: v for k, v in USUAL.items() if k != key}), FORM, OPEN)
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+@pytest.mark.parametrize("key", list(MEASURED))
+def test_a_drift_that_is_no_finite_number_is_rejected_by_its_layer_and_name(key, value):
+    layers = dict.fromkeys(SHAPES, MEASURED) | {"enc.0.out": {**MEASURED, key: value}}
+    with refused("upload", "enc.0.out", key, error=RejectedUpload):
+        check_upload(upload(GOOD, layers=layers), FORM, OPEN)
+
+
+@pytest.mark.parametrize("names", [["enc.0.out"], [*SHAPES, "enc.9.out"]])
+def test_a_drift_of_other_layers_is_rejected(names):
+    with refused("upload", "drift", error=RejectedUpload):
+        check_upload(upload(GOOD, layers=dict.fromkeys(names, MEASURED)), FORM, OPEN)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, "3", None])
+def test_seconds_that_are_no_number_or_negative_are_rejected_by_their_phase(value):
+    with refused("upload", "train", error=RejectedUpload):
+        check_upload(upload(GOOD, seconds={"train": value}), FORM, OPEN)
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"held": 10**400}, "held"),
+        ({"used": 10**400}, "used"),
+        ({"metrics": {**USUAL, "tokens": 10**400}}, "tokens"),
+        ({"layers": {name: {**MEASURED, "angle": 10**400} for name in SHAPES}}, "angle"),
+        ({"seconds": {"train": 10**400}}, "train"),
+    ],
+    ids=["held", "used", "metrics", "layers", "seconds"],
+)
+def test_a_whole_number_beyond_every_float_is_rejected_and_does_not_overflow_later(fields, word):
+    with refused("upload", word, error=RejectedUpload):
+        check_upload(upload(GOOD, **fields), FORM, OPEN)

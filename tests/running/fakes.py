@@ -1,6 +1,6 @@
 """An engine without a model: clients that answer with prepared factors. For tests of the round loop."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -72,6 +72,9 @@ class FakeEngine:
                     seconds={"train": 0.1},
                 )
             )
+
+    def settle(self, accepted: Collection[str]) -> None:
+        self.accepted = sorted(accepted)
 
     def evaluate(self, adapter: Adapter, split: str, limit: int | None = None) -> Evaluation:
         return Evaluation(split, 1, {"accuracy": 0.5, "macro_f1": 0.5, "loss": 1.0}, clients={"c": {"accuracy": 0.5}})

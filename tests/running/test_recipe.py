@@ -93,6 +93,10 @@ BAD_FLAGS = {
     "missing method name": (["--method.name"], "method.name"),
     "stray word": (["extra"], "extra"),
     "wrong type": (["--rounds", "many"], "rounds must be a whole number"),
+    "shortened option": (["--local.l", "3"], "--local.l"),
+    "shortened method": (["--method.nam", "fedit"], "--method.nam"),
+    "section as option": (["--model", "cfg.yaml"], "--model"),
+    "method as option": (["--method=fedit"], "--method.name"),
 }
 
 
@@ -113,6 +117,10 @@ def test_a_bad_flag_is_one_line_that_names_it(case: str, recipe_file: Any) -> No
         ("rounds: [3\nseed: 1\n", "line 2: not valid YAML"),
         ("- a\n- b\n", "list"),
         ("just words", "str"),
+        ("rounds: 3\nrounds: 4\n", "'rounds' is given twice"),
+        ("local: {lr: 1}\nlocal: {lr: 2}\n", "'local' is given twice"),
+        ("lora: {rank: 2, rank: 8}\n", "'rank' is given twice"),
+        ("[" * 5000, "broken.yaml"),
         ("rounds: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
     ],
 )

@@ -121,7 +121,7 @@ def test_a_bad_upload_is_dropped_with_its_reason_and_leaves_no_trace(make: Any, 
     assert equal(state.broadcast.adapter, expected.broadcast.adapter)
     assert reason in seen.dropped["b"]
     assert [list(r["clients"]["dropped"]) for r in seen.records] == [["b"], ["b"]]
-    assert seen.records[0]["clients"]["used"] == ["a", "c", "d"]
+    assert seen.records[0]["clients"]["used"] == ["a", "c", "d"] == engine.accepted
 
 
 def test_a_bound_on_the_norm_drops_a_huge_upload(make: Any) -> None:

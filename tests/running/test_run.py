@@ -290,3 +290,81 @@ def test_an_interrupted_run_says_how_to_go_on(recipe_file: Any, tmp_path: Path) 
     assert process.returncode == 130
     last = [line for line in errors.splitlines() if not line.startswith("round ")]
     assert last == ["fedrot: interrupted; finished rounds are on disk, go on with the same command and --resume"]
+
+
+def test_a_new_run_overwrites_nothing(tiny_values: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("checkpoints", "metrics.jsonl", "adapter"):
+        (tmp_path / name / name).mkdir(parents=True)
+        with pytest.raises(RunError, match=rf"{name}: is there already"):
+            go(tiny_values, tmp_path / name)
+    folder = go(tiny_values, tmp_path / "run")
+    (folder.path / "versions.json").unlink()
+    with pytest.raises(RunError, match=r"has checkpoints and no versions\.json"):
+        go(tiny_values, folder.path, resume=True)
+
+
+def test_a_copy_of_a_checkpoint_is_not_taken_for_one(tiny_values: dict[str, Any], tmp_path: Path) -> None:
+    import shutil
+
+    folder = go(tiny_values, tmp_path / "run")
+    expected = outcome(folder.path)
+    shutil.copytree(folder.checkpoints / "round-000002", folder.checkpoints / "round-000003.bak")
+    go(tiny_values, folder.path, resume=True)
+    assert outcome(folder.path) == expected
+    state = folder.checkpoints / "round-000003" / "state.json"
+    for damage in ({"forms": {}}, {"rounds": 2}, {"clients": 3}):
+        whole = json.loads(state.read_text())
+        state.write_text(json.dumps(whole | damage))
+        with pytest.raises(RunError, match=r"state\.json: the checkpoint is damaged"):
+            go(tiny_values, folder.path, resume=True)
+        state.write_text(json.dumps(whole))
+
+
+def test_lines_missing_from_the_metrics_are_noticed(tiny_values: dict[str, Any], tmp_path: Path) -> None:
+    folder = go(tiny_values, tmp_path / "run")
+    lines = (folder.path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for kept in ([], lines[:2], lines[1:], ["3\n", *lines]):
+        (folder.path / "metrics.jsonl").write_text("".join(kept))
+        with pytest.raises(RunError, match=r"metrics\.jsonl: .*damaged"):
+            go(tiny_values, folder.path, resume=True)
+
+
+def test_a_resume_does_not_need_the_adapter_that_the_run_began_with(
+    tiny_values: dict[str, Any], tmp_path: Path
+) -> None:
+    import shutil
+
+    first = go(tiny_values, tmp_path / "first")
+    flags = ("--init", str(first.adapter))
+    second = go(tiny_values, tmp_path / "second", *flags)
+    expected = outcome(second.path)
+    shutil.rmtree(first.adapter)
+    go(tiny_values, second.path, *flags, resume=True)
+    assert outcome(second.path) == expected
+
+
+def test_a_client_that_was_dropped_stays_as_it_was(tiny_values: dict[str, Any]) -> None:
+    from fedrot.running.prepare import prepare
+    from fedrot.running.simulation import Simulation
+
+    recipe = parse_recipe(tiny_values, ["--lora.head", "personal"])
+    ready = prepare(recipe)
+    engine = Simulation(recipe, ready.model, ready.encoded, ready.partition)
+    list(engine.train(recipe.method.start(ready.model.read()).broadcast, ["books", "films"]))
+    assert not engine.states()
+    engine.settle(["films"])
+    assert set(engine.states()) == {"films"}
+
+
+def test_texts_longer_than_the_model_and_pickled_weights_are_refused(
+    tiny_values: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    with pytest.raises(DataError, match=r"data\.max_length is 128.*64 positions"):
+        go(tiny_values, tmp_path / "run", "--data.max_length", "128")
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        go(tiny_values, tmp_path / "run", "--model.path", str(tmp_path / "model"))

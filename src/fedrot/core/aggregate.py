@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from fedrot.core.adapter import Adapter, same_form, same_update
+from fedrot.core.alignment import check_finite
 from fedrot.core.errors import FedrotError, RecipeError, choices
 from fedrot.core.methods import get_method, methods
 from fedrot.core.methods.base import Broadcast, Seat, ServerState
@@ -51,6 +52,7 @@ def aggregate(
         raise RecipeError(f"method {method!r} aligns to a reference; give reference=, e.g. the common starting adapter")
 
     for index, adapter in enumerate(adapters):
+        check_finite(adapter)
         same_form(adapter, adapters[0], who=f"adapters[{index}]")
         same_update(adapter, adapters[0], who=f"adapters[{index}]")
     if reference is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedrot.core.adapter import Adapter, same_form, stacks
-from fedrot.core.errors import FedrotError, choices
+from fedrot.core.errors import AdapterError, FedrotError, choices
 from fedrot.core.linalg import procrustes, soften
 
 Factor = Literal["A", "B"]
@@ -52,6 +52,13 @@ def same_layers(adapter: Adapter, reference: Adapter) -> None:
     same_form(replace(adapter, head={}), replace(reference, head={}))
 
 
+def check_finite(adapter: Adapter) -> None:
+    """Raise `AdapterError` naming the first tensor that holds NaN or infinite values."""
+    for name, tensor in adapter.tensors():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"{name} holds values that are not finite (NaN or infinite)")
+
+
 def check_strength(strength: float) -> float:
     """`strength` as a float in [0, 1], or `FedrotError`."""
     try:
@@ -71,11 +78,14 @@ def find_rotations(
     All adapters have the reference's layers and shapes. Returns one mapping layer -> (r, r) float64 an adapter.
     """
     strength = check_strength(strength)
+    for adapter in (*adapters, reference):
+        check_finite(adapter)
     if factor not in get_args(Factor):
         raise FedrotError(f"factor must be {choices(get_args(Factor))}, got {factor!r}")
     found: list[dict[str, Tensor]] = [{} for _ in adapters]
-    eps = max(torch.finfo(p.a.dtype).eps for adapter in (*adapters, reference) for p in adapter.layers.values())
     for stack in stacks([*adapters, reference], torch.float64):
+        pairs = [adapter.layers[name] for adapter in (*adapters, reference) for name in stack.names]
+        eps = max(torch.finfo(pair.a.dtype).eps for pair in pairs)
         # The reference is the last of the stack; slicing keeps its dimension, so it broadcasts over the adapters.
         a, b, a_ref, b_ref = stack.a[:-1], stack.b[:-1], stack.a[-1:], stack.b[-1:]
         left, right = (a, a_ref.mT) if factor == "A" else (b.mT, b_ref)
@@ -86,8 +96,10 @@ def find_rotations(
 
 
 def _noise(eps: float, left: Tensor, right: Tensor) -> Tensor:  # (N, L)
-    """The level in left @ right that comes from the factors' own rounding: below it a direction says nothing."""
-    return eps * left.norm(dim=(-2, -1)) * right.norm(dim=(-2, -1)) / math.sqrt(left.shape[-2])
+    """The level in left @ right that comes from the factors' own rounding, whose errors average out over the inner
+    dimension: below it a direction says nothing.
+    """
+    return eps * left.norm(dim=(-2, -1)) * right.norm(dim=(-2, -1)) / math.sqrt(left.shape[-2] * left.shape[-1])
 
 
 def rotate(adapter: Adapter, rotations: Rotations, keep_dtype: bool = False) -> Adapter:

@@ -13,6 +13,8 @@ from fedrot.core.settings import CheckSettings
 
 # A rotation that arrives is orthogonal to this; it was computed in float64 and may have travelled as float32.
 _ORTHOGONAL = 1e-4
+# No number beside the tensors is as large as this; larger ones would overflow in sums and squares.
+_MOST = 2**53
 
 
 # What every client reports of its local training.
@@ -25,7 +27,7 @@ class RejectedUpload(FedrotError):
 
 def check_upload(upload: Upload, form: Adapter, settings: CheckSettings) -> None:
     """Raise `RejectedUpload` with the reason unless the upload has `form`'s names, shapes and dtypes, finite values, a
-    sane example count, rotations in O(r), and a change from `form` (the broadcast) within the norm bound.
+    sane example count, rotations in SO(r), and a change from `form` (the broadcast) within the norm bound.
     """
     try:
         same_form(upload.adapter, form, who="upload")
@@ -35,8 +37,11 @@ def check_upload(upload: Upload, form: Adapter, settings: CheckSettings) -> None
     sent = dict(form.tensors())
     change2 = 0.0
     for name, tensor in upload.adapter.tensors():
-        if tensor.dtype != sent[name].dtype:
-            raise RejectedUpload(f"upload: {name} is {tensor.dtype}, the broadcast has {sent[name].dtype}")
+        for what in ("dtype", "device", "layout"):
+            if getattr(tensor, what) != getattr(sent[name], what):
+                raise RejectedUpload(
+                    f"upload: {name} has {what} {getattr(tensor, what)}, the broadcast has {getattr(sent[name], what)}"
+                )
         if not bool(torch.isfinite(tensor).all()):
             raise RejectedUpload(f"upload: {name} holds values that are not finite (NaN or infinite)")
         change2 += float((tensor.double() - sent[name].double()).square().sum())
@@ -45,8 +50,8 @@ def check_upload(upload: Upload, form: Adapter, settings: CheckSettings) -> None
             f"upload: its change has norm {math.sqrt(change2):.3g}, above checks.max_norm {settings.max_norm:g}"
         )
     for what, count in (("held", upload.held), ("used", upload.used)):
-        if isinstance(count, bool) or not isinstance(count, int) or count <= 0:
-            raise RejectedUpload(f"upload: examples {what} must be a positive whole number, got {count!r}")
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 < count < _MOST:
+            raise RejectedUpload(f"upload: examples {what} must be a positive whole number, got {_short(count)}")
     _check_rotation(upload, form)
     _check_reports(upload, form)
 
@@ -57,12 +62,14 @@ def _check_rotation(upload: Upload, form: Adapter) -> None:
     if set(upload.rotation) != set(form.layers):
         raise RejectedUpload("upload: its rotations are not those of the adapter's layers")
     for name, pair in form.layers.items():
+        if not upload.rotation[name].is_floating_point():
+            raise RejectedUpload(f"upload: the rotation of {name} is {upload.rotation[name].dtype}")
         r = upload.rotation[name].double()
         if r.shape != (pair.rank, pair.rank):
             raise RejectedUpload(f"upload: the rotation of {name} has shape {tuple(r.shape)}, not rank {pair.rank}")
         off = (r @ r.mT - torch.eye(pair.rank, dtype=r.dtype, device=r.device)).abs().max()
-        if not float(off) < _ORTHOGONAL:
-            raise RejectedUpload(f"upload: the rotation of {name} is not orthogonal")
+        if not (float(off) < _ORTHOGONAL and float(torch.linalg.det(r)) > 0):
+            raise RejectedUpload(f"upload: the rotation of {name} is not orthogonal with determinant 1")
 
 
 def _check_reports(upload: Upload, form: Adapter) -> None:
@@ -75,10 +82,17 @@ def _check_reports(upload: Upload, form: Adapter) -> None:
     for what, found, keys in reports:
         for key in keys:
             value = found.get(key)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise RejectedUpload(f"upload: {what}: {key} must be a finite number, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_MOST < value < _MOST:
+                raise RejectedUpload(f"upload: {what}: {key} must be a finite number, got {_short(value)}")
     for phase, seconds in upload.seconds.items():
-        if not (isinstance(seconds, (int, float)) and 0 <= seconds < math.inf):
+        if not (isinstance(seconds, (int, float)) and 0 <= seconds < _MOST):
             raise RejectedUpload(
-                f"upload: the seconds of {phase} must be a number that is not negative, got {seconds!r}"
+                f"upload: the seconds of {phase} must be a number that is not negative, got {_short(seconds)}"
             )
+
+
+def _short(value: object) -> str:
+    """A hostile number can have a million digits."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= _MOST:
+        return "one above 2**53"
+    return repr(value)[:40]

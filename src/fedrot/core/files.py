@@ -21,6 +21,10 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as problem:
+        partial.unlink(missing_ok=True)
+        problem.filename = problem.filename or str(path)  # a full disk does not say which file it was
+        raise
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -18,8 +18,9 @@ class _Layer:
         (r, d_in), d_out = pair.a.shape, pair.b.shape[0]
         rng = generator(seed, "sketch", name)
         # `width` test columns measure norms, `span` columns find the leading left singular space, and the rows of psi
-        # see the update from its other side: a one-pass low-rank approximation (Tropp et al. 2017, alg. 7).
-        self.rank, self.width, span = r, width, min(2 * r + 8, d_in, d_out)
+        # see the update from its other side: a one-pass low-rank approximation (Tropp et al. 2017, alg. 7). It is near
+        # the best one from above, so the floor is an upper estimate.
+        self.rank, self.width, span = r, width, min(4 * r + 32, d_in, d_out)
         self.omega = torch.randn(d_in, width + span, generator=rng, dtype=torch.float64)
         self.psi = torch.randn(min(2 * span + 1, d_out), d_out, generator=rng, dtype=torch.float64)
         self.right = torch.zeros(d_out, width + span, dtype=torch.float64)  # sum w_i s_i B_i A_i omega

@@ -96,7 +96,7 @@ def step_count(examples: int, settings: LocalSettings) -> int:
     """Steps a round: as given, or as many as make up the epochs, at least one."""
     if settings.steps is not None:
         return settings.steps
-    return max(1, math.ceil((settings.epochs or 1.0) * examples / min(settings.batch, examples)))
+    return max(1, math.ceil((settings.epochs or 1.0) * examples / min(settings.batch, examples) - 1e-9))
 
 
 def _optimizer(trained: list[torch.nn.Parameter], settings: LocalSettings) -> torch.optim.Optimizer:

@@ -95,6 +95,13 @@ class ResidentModel:
             out: Tensor = self.model(**moved).logits
         return out
 
+    def longest(self) -> int | None:
+        """The most tokens that the model has positions for; None where it does not say."""
+        found: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        # RoBERTa counts positions from its padding index on.
+        reserved = self.model.config.pad_token_id + 1 if "roberta" in self.model.config.model_type else 0
+        return None if found is None else found - reserved
+
     def config(self) -> dict[str, Any]:
         """What adapter_config.json needs, as plain values."""
         config = self.model.peft_config[_PEFT_NAME].to_dict()
@@ -132,6 +139,8 @@ def model_path(settings: ModelSettings) -> str:
         raise DataError("model.path: give a local folder, a hub name, or fetch:NAME (see `fedrot data`)")
     if settings.path.startswith("fetch:"):
         return str(fetched(settings.path.removeprefix("fetch:")))
+    if Path(settings.path).is_file():
+        raise DataError(f"{settings.path}: this is a file; give the model's folder (model.path)")
     if settings.path.startswith((".", "/", "~")) and not Path(settings.path).expanduser().is_dir():
         raise DataError(f"{settings.path}: no such model folder (model.path)")
     return str(Path(settings.path).expanduser()) if settings.path.startswith("~") else settings.path
@@ -164,6 +173,7 @@ def load_model(settings: ModelSettings, lora: LoraSettings, labels: Sequence[str
                 label2id={name: i for i, name in enumerate(labels)},
                 dtype=getattr(torch, settings.dtype),
                 output_loading_info=True,
+                use_safetensors=True,  # nothing is unpickled
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
             raise DataError(f"{path}: the model cannot be loaded ({_first_line(problem)}); see model.path") from None

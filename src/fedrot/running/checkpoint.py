@@ -7,6 +7,7 @@ complete round in place. The JSON holds the tensors' hash: damage is seen before
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
         "clients": clients,
     }
     root.mkdir(parents=True, exist_ok=True)
-    folder, partial = root / f"round-{checkpoint.rounds:06d}", root / f".partial-{os.getpid()}"
+    folder, partial = root / _name(checkpoint.rounds), root / f".partial-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
@@ -73,6 +74,10 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
         _write(partial / _STATE, json.dumps(state, indent=1).encode())
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+    except OSError as problem:
+        shutil.rmtree(partial, ignore_errors=True)
+        problem.filename = problem.filename or str(folder)  # a full disk does not say which file it was
+        raise
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -82,9 +87,14 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return folder
 
 
+def _name(rounds: int) -> str:
+    return f"round-{rounds:06d}"
+
+
 def saved_rounds(root: Path) -> list[Path]:
     """The complete checkpoints below `root`, oldest first."""
-    return sorted(path for path in root.glob("round-*") if path.is_dir())
+    found = [path for path in root.glob("round-*") if re.fullmatch(r"round-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("round-")))
 
 
 def load_latest(root: Path) -> Checkpoint | None:
@@ -117,9 +127,14 @@ def _load(folder: Path) -> Checkpoint:
     if digest != expected:
         raise RunError(f"{path}: the checkpoint is damaged (its sha256 is not the one in {_STATE})")
     tensors = read_tensors(path, RunError)
-    roles = {role: _unpack(form, role, tensors) for role, form in forms.items()}
-    broadcast = Broadcast(state["rounds"], roles["adapter"], roles.get("reference"), roles.get("base_delta"))
-    states = {client: _below(f"client/{number}/", tensors) for number, client in enumerate(clients)}
+    try:
+        if folder.name != _name(state["rounds"]):
+            raise ValueError("it is that of another round")
+        roles = {role: _unpack(form, role, tensors) for role, form in forms.items()}
+        broadcast = Broadcast(state["rounds"], roles["adapter"], roles.get("reference"), roles.get("base_delta"))
+        states = {client: _below(f"client/{number}/", tensors) for number, client in enumerate(clients)}
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        raise RunError(f"{folder / _STATE}: the checkpoint is damaged ({problem})") from None
     return Checkpoint(ServerState(broadcast, _below("memory/", tensors)), states)
 
 

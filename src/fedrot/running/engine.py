@@ -1,6 +1,6 @@
 """What rounds.py asks of an engine, whatever it runs on."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +26,9 @@ class Engine(Protocol):
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Upload | Failure]:
         """One round of local training by these clients."""
+
+    def settle(self, accepted: Collection[str]) -> None:
+        """The uploads of these clients went into the round; what a dropped client would have kept is forgotten."""
 
     def evaluate(self, adapter: Adapter, split: str, limit: int | None = None) -> Evaluation:
         """Score the global adapter, or each client's own model where heads are personal, on at most `limit` rows."""

@@ -42,15 +42,24 @@ class RunFolder:
 
     def create(self, recipe: Recipe) -> None:
         """Start a new run here. Raises `RunError` where there is one already."""
+        self.refuse_existing()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        self.write("recipe.yaml", to_yaml(recipe))
+
+    def refuse_existing(self) -> None:
+        """Raise `RunError` where something is that a new run would overwrite."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path}: this is a file; choose a folder by --out")
         if (self.path / "recipe.yaml").exists():
             raise RunError(
                 f"{self.path}: a run is there already; go on with --resume, or choose another folder by --out"
             )
-        if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"{self.path}: this is a file; choose a folder by --out")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
-        self.write("recipe.yaml", to_yaml(recipe))
+        for name in ("checkpoints", "metrics.jsonl", "adapter", "versions.json"):
+            if (self.path / name).exists():
+                raise RunError(
+                    f"{self.path / name}: is there already, without a recipe.yaml; choose another folder by --out"
+                )
 
     def reopen(self, recipe: Recipe) -> Recipe:
         """Go on with the run here; `recipe` must be the one it was started with. Gives the resolved recipe."""
@@ -109,20 +118,32 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        records = []
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        except UnicodeDecodeError as problem:
+            raise RunError(f"{path}: not a text file ({problem}); it is damaged") from None
+        records: list[dict[str, Any]] = []
         for number, line in enumerate(lines, start=1):
             if number == len(lines) and not line.endswith("\n"):
                 break
             try:
-                records.append(json.loads(line))
-            except ValueError:
-                raise RunError(f"{path}: line {number} is not valid JSON; the file was changed by hand?") from None
+                record = json.loads(line)
+                if record["round"] != len(records):
+                    raise ValueError("not the round that is next")
+            except (ValueError, TypeError, KeyError):
+                raise RunError(
+                    f"{path}: line {number} is not that of round {len(records)}; the file is damaged"
+                ) from None
+            records.append(record)
         return records
 
     def forget_metrics_from(self, rounds: int) -> None:
         """Drop the lines of rounds that are not in the checkpoint: they will be run again."""
-        kept = [record for record in self.metrics() if record["round"] < rounds]
+        kept = self.metrics()[:rounds]
+        if len(kept) < rounds:
+            raise RunError(
+                f"{self.path / 'metrics.jsonl'}: holds {len(kept)} of the {rounds} finished rounds; it is damaged"
+            )
         self.write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
 
     def _take_lock(self) -> None:

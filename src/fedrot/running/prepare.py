@@ -49,6 +49,9 @@ def prepare(recipe: Recipe) -> Prepared:
     """Read and divide the data, load the model, encode the splits that are used."""
     dataset, partition = divided(recipe)
     model = load_model(recipe.model, recipe.lora, dataset.labels, recipe.seed)
+    longest = model.longest()
+    if longest is not None and recipe.data.max_length > longest:
+        raise DataError(f"data.max_length is {recipe.data.max_length}, {recipe.model.path} has {longest} positions")
     wanted = {"train", recipe.evaluation.split, recipe.evaluation.final}
     encoded = {
         split: classification.encode(model.tokenizer, rows, recipe.data.max_length)
@@ -68,7 +71,9 @@ def first_adapter(recipe: Recipe, model: ResidentModel) -> Adapter:
 def available_threads() -> int:
     """Cores that this process may use, or OMP_NUM_THREADS where it is set."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdecimal() and int(asked) > 0 else len(os.sched_getaffinity(0))
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:

@@ -57,7 +57,7 @@ class Recipe:
         _cross_checks(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as YAML and JSON hold them; `from_dict` is the inverse."""
+        """Plain values, as YAML and JSON hold them; `from_values` is the inverse."""
         plain = asdict(self)
         plain["method"] = {"name": self.method.name, **self.method.settings()}
         return plain
@@ -119,8 +119,8 @@ def _rules(r: Recipe) -> Iterator[tuple[str, bool, str]]:
     inf = float("inf")
     yield "name", bool(r.name) and "/" not in r.name and r.name not in (".", ".."), "a name without '/'"
     yield "rounds", r.rounds >= 1, "at least 1"
-    yield "threads", r.threads is None or r.threads >= 1, "at least 1, or null"
-    yield "lora.rank", r.lora.rank >= 1, "at least 1"
+    yield "threads", r.threads is None or 1 <= r.threads <= 1024, "from 1 to 1024, or null"
+    yield "lora.rank", 1 <= r.lora.rank <= 4096, "from 1 to 4096"
     yield "lora.alpha", r.lora.alpha is None or 0 < r.lora.alpha < inf, "positive, or null"
     yield "lora.dropout", 0 <= r.lora.dropout < 1, "in [0, 1)"
     yield "data.holdout", 0 < r.data.holdout < 1, "between 0 and 1"
@@ -142,7 +142,7 @@ def _rules(r: Recipe) -> Iterator[tuple[str, bool, str]]:
     yield "checks.max_norm", r.checks.max_norm is None or 0 < r.checks.max_norm < inf, "positive, or null"
     yield "diagnostics.every", r.diagnostics.every >= 0, "at least 0"
     yield "diagnostics.exact_clients", r.diagnostics.exact_clients >= 0, "at least 0"
-    yield "diagnostics.sketch_width", r.diagnostics.sketch_width >= 1, "at least 1"
+    yield "diagnostics.sketch_width", 1 <= r.diagnostics.sketch_width <= 4096, "from 1 to 4096"
     yield "evaluation.every", r.evaluation.every >= 1, "at least 1"
     yield "evaluation.limit", r.evaluation.limit is None or r.evaluation.limit >= 1, "at least 1, or null"
     yield "evaluation.batch", r.evaluation.batch >= 1, "at least 1"

@@ -22,7 +22,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 def recipe_parser(method: type[Method], **options: Any) -> ArgumentParser:
     """A parser whose flags are the recipe's keys, with the settings of one method under `method`."""
-    parser = ArgumentParser(exit_on_error=False, default_env=False, **options)
+    parser = ArgumentParser(exit_on_error=False, default_env=False, allow_abbrev=False, **options)
     parser.add_class_arguments(Recipe, skip={"method", *SECTIONS}, fail_untyped=True)
     for name, settings in SECTIONS.items():
         parser.add_class_arguments(settings, name)
@@ -40,13 +40,15 @@ def read_recipe(path: Path, flags: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as problem:
         raise RecipeError(f"{path}: cannot be read ({problem})") from None
     try:
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        values = json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else yaml.load(text, _OnceLoader)
     except yaml.YAMLError as problem:
         where = getattr(problem, "problem_mark", None)
         line = f"line {where.line + 1}: " if where else ""
         raise RecipeError(f"{path}: {line}not valid YAML ({getattr(problem, 'problem', None) or problem})") from None
     except json.JSONDecodeError as problem:
         raise RecipeError(f"{path}: line {problem.lineno}: not valid JSON ({problem.msg})") from None
+    except (ValueError, RecursionError) as problem:
+        raise RecipeError(f"{path}: {problem}") from None
     if values is None:
         raise RecipeError(f"{path}: the file is empty; a recipe needs model, data and local at least")
     if not isinstance(values, Mapping):
@@ -59,6 +61,9 @@ def parse_recipe(values: Mapping[str, Any], flags: Sequence[str] = (), source: s
     values = {key: dict(v) if isinstance(v, Mapping) else v for key, v in values.items()}
     method = _choose_method(values, flags, source)
     _known_keys(values, method, source)
+    for flag in flags:
+        if flag.partition("=")[0].removeprefix("--") in sections_of(method):
+            raise RecipeError(f"{source}: {flag}: this is a section; give its keys, e.g. --method.name or --local.lr")
     parser = recipe_parser(method)
     try:
         parsed = parser.parse_args(list(flags), namespace=parser.parse_object(values))
@@ -72,6 +77,21 @@ def parse_recipe(values: Mapping[str, Any], flags: Sequence[str] = (), source: s
         return Recipe.from_values(plain)
     except RecipeError as problem:
         raise RecipeError(f"{source}: {problem}") from None
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """YAML's safe loader, but a key that is given twice is an error and not a silent choice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        _once([(self.construct_object(key, deep=True), None) for key, _ in node.value])
+        return super().construct_mapping(node, deep)
+
+
+def _once(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    keys = [str(key) for key, _ in pairs]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise RecipeError(f"the key {twice[0]!r} is given twice")
+    return dict(pairs)
 
 
 def plain_values(parsed: Namespace) -> dict[str, Any]:
@@ -109,9 +129,14 @@ def _choose_method(values: dict[str, Any], flags: Sequence[str], source: str) ->
 _TOP = tuple(f.name for f in fields(Recipe) if f.name not in SECTIONS and f.name != "method")
 
 
+def sections_of(method: type[Method]) -> dict[str, list[str]]:
+    """The recipe's sections with their keys."""
+    sections = {name: list(get_type_hints(kind)) for name, kind in SECTIONS.items()}
+    return sections | {"method": ["name", *(f.name for f in fields(method))]}
+
+
 def _known_keys(values: Mapping[str, Any], method: type[Method], source: str) -> None:
-    sections: dict[str, list[str]] = {name: list(get_type_hints(kind)) for name, kind in SECTIONS.items()}
-    sections["method"] = ["name", *(f.name for f in fields(method))]
+    sections = sections_of(method)
     for key, value in values.items():
         if key in _TOP:
             continue

@@ -92,13 +92,14 @@ def play_round(
     drawn = draw_clients(engine.clients, recipe.federation.participation, recipe.seed, number)
     watcher.round_started(number, recipe.rounds, drawn)
     collected = collect(recipe, broadcast, in_order(engine.train(broadcast, drawn), drawn), len(drawn), watcher)
-    needed = max(1, math.ceil(recipe.federation.quorum * len(drawn)))
+    needed = max(1, math.ceil(recipe.federation.quorum * len(drawn) - 1e-9))
     if len(collected.uploads) < needed:
         dropped = "; ".join(f"{client}: {reason}" for client, reason in collected.dropped.items())
         raise RunError(
             f"round {number}: {len(collected.uploads)} of {len(drawn)} uploads were usable, the quorum is {needed} "
             f"(federation.quorum); the last good state is kept; dropped: {dropped}"
         )
+    engine.settle(collected.uploads.keys())
     since = time.perf_counter()
     state = recipe.method.server(state, collected.reduction.result())
     collected.spend("aggregate", since)

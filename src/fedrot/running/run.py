@@ -9,7 +9,7 @@ import torch
 
 from fedrot.core.errors import RunError
 from fedrot.core.methods.base import ServerState
-from fedrot.running.checkpoint import Checkpoint, load_latest, save_checkpoint
+from fedrot.running.checkpoint import Checkpoint, load_latest, save_checkpoint, saved_rounds
 from fedrot.running.folder import RunFolder
 from fedrot.running.prepare import Prepared, available_threads, first_adapter, prepare, versions
 from fedrot.running.recipe import Recipe
@@ -28,22 +28,23 @@ def run(recipe: Recipe, out: Path, watcher: Watcher, resume: bool = False) -> Ru
         recipe = folder.reopen(recipe)
     else:
         recipe = replace(recipe, threads=recipe.threads or available_threads())
-        if (out / "recipe.yaml").exists():
-            folder.create(recipe)  # says that a run is there, before anything slow is done
+        folder.refuse_existing()  # before anything slow is done
     torch.set_num_threads(recipe.threads or 1)
     try:
         prepared = prepare(recipe)
-        state = first_adapter(recipe, prepared.model)  # the inputs are all read before anything is written
+        engine = Simulation(recipe, prepared.model, prepared.encoded, prepared.partition)
+        checkpoint = _begin(folder, prepared) if resume else None
+        # The inputs are all read, and trackers reached, before anything is written.
+        fresh = checkpoint or Checkpoint(recipe.method.start(first_adapter(recipe, prepared.model)))
+        trackers = Trackers(recipe, out)
         if not resume:
             folder.create(recipe)
-        engine = Simulation(recipe, prepared.model, prepared.encoded, prepared.partition)
-        checkpoint = _begin(folder, recipe, prepared) if resume else None
         if checkpoint is None:
             _describe(folder, prepared)
-            checkpoint = Checkpoint(recipe.method.start(state))
+        checkpoint = fresh
         engine.restore(checkpoint.clients)
         folder.forget_metrics_from(checkpoint.rounds)
-        keeper = _Keeper(folder, recipe.checkpoint.keep, Trackers(recipe, out))
+        keeper = _Keeper(folder, recipe.checkpoint.keep, trackers)
         try:
             last = play(recipe, engine, checkpoint.server, keeper, watcher)
         finally:
@@ -79,10 +80,12 @@ def _describe(folder: RunFolder, prepared: Prepared) -> None:
     folder.write_json("partition.json", {"labels": dataset.labels, "label_counts": counts, "indices": indices})
 
 
-def _begin(folder: RunFolder, recipe: Recipe, prepared: Prepared) -> Checkpoint | None:
+def _begin(folder: RunFolder, prepared: Prepared) -> Checkpoint | None:
     """The checkpoint to go on from, after making sure that model and data are those of the run."""
     described = folder.read_json("versions.json")
     if described is None:
+        if saved_rounds(folder.checkpoints):
+            raise RunError(f"{folder.path}: has checkpoints and no versions.json, which says what they belong to")
         return None
     identity = prepared.identity()
     for what in ("model", "data"):

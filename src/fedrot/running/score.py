@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from fedrot.core.adapter import Adapter
+from fedrot.core.errors import RunError
 from fedrot.learning.evaluation import Evaluation, chosen_rows, evaluate
 from fedrot.running.prepare import available_threads, prepare
 from fedrot.running.recipe import Recipe
@@ -16,6 +17,13 @@ def score_adapter(path: Path, recipe: Recipe, split: str | None, limit: int | No
 
     Raises `FedrotError` where the adapter does not fit the recipe's model or the split is not there.
     """
+    if recipe.lora.head == "personal":
+        raise RunError(
+            f"{path}: the run's heads are personal, so no one adapter has its scores: result.json does; to score one "
+            "client's adapter, give its folder below clients/ with --lora.head shared"
+        )
+    if limit is not None and limit < 1:
+        raise RunError(f"--limit must be at least 1, got {limit}")
     adapter = Adapter.load(path)
     chosen = split or recipe.evaluation.final or recipe.evaluation.split
     recipe = replace(recipe, evaluation=replace(recipe.evaluation, split=chosen, final=None))

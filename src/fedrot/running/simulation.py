@@ -1,6 +1,6 @@
 """The embedded engine: every client in this process, one after the other, on one resident base model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from fedrot.core.adapter import Adapter
 from fedrot.core.methods.base import Broadcast, ClientState, Upload
@@ -22,6 +22,7 @@ class Simulation:
     ) -> None:
         self._recipe, self._model, self._encoded, self._partition = recipe, model, encoded, partition
         self._states: dict[str, ClientState] = {}
+        self._pending: dict[str, ClientState] = {}  # of the round that runs, until its uploads are accepted
 
     @property
     def clients(self) -> Sequence[str]:
@@ -38,9 +39,13 @@ class Simulation:
             except LocalFailure as problem:
                 yield Failure(name, str(problem))
                 continue
-            if kept:
-                self._states[name] = kept
+            self._pending[name] = kept
             yield upload
+
+    def settle(self, accepted: Collection[str]) -> None:
+        """Keep what the accepted clients would keep; a client that was dropped stays as it was."""
+        self._states |= {name: kept for name, kept in self._pending.items() if name in accepted and kept}
+        self._pending = {}
 
     def evaluate(self, adapter: Adapter, split: str, limit: int | None = None) -> Evaluation:
         """Score on fixed rows of the split; with personal heads, each client's rows by its own model."""

@@ -54,6 +54,8 @@ def _start(name: str, recipe: Recipe, folder: Path) -> Any:
             tracker = kind(recipe.tracking.project)
         tracker.start()
         tracker.store_init_configuration({k: v for k, v in flatten(recipe.to_dict()).items() if _plain(v)})
+    except (OSError, ValueError, RuntimeError) as problem:
+        raise RunError(f"tracking.to: {name} could not be started ({' '.join(str(problem).split())[:200]})") from None
     except ImportError as problem:
         raise RunError(
             f"tracking.to: {name} needs packages that are not installed ({problem}); "

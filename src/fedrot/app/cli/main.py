@@ -33,7 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         return complain(f"there is no command {words[0]!r}; choose {choices(COMMANDS)}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin make each other crawl on a busy machine
     try:
         status: int = import_module(f"fedrot.app.cli.{words[0]}").main(words[1:])
     except FedrotError as problem:

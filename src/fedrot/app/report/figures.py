@@ -146,6 +146,7 @@ def label_shares(counts: Mapping[str, Sequence[int]], labels: Sequence[str]) -> 
 
 def clients(runs: Sequence[RunData]) -> Figure:
     """The last accuracy of every client's part of the split."""
+    runs = [run for run in runs if _last(run)]
     last = [run.result.get("final") or _last(run) for run in runs]
     names = sorted({client for scores in last for client in scores["by_client"]})
     figure, (ax,) = _figure(1, height=max(2.0, 0.8 + 0.28 * len(names) * len(runs)))
@@ -164,7 +165,7 @@ def clients(runs: Sequence[RunData]) -> Figure:
 
 
 def _last(run: RunData) -> dict[str, Any]:
-    return next(r["evaluation"] for r in reversed(run.metrics) if "evaluation" in r)
+    return next((r["evaluation"] for r in reversed(run.metrics) if "evaluation" in r), {})
 
 
 def cost(runs: Sequence[RunData]) -> Figure:
