@@ -4,6 +4,7 @@ The same model, factors, batches and optimizer as a simulated round, client afte
 out as state dicts. The batches are collated beforehand, so the loop does not even pay for that.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class BareLoop:
         from peft import LoraConfig, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
         from transformers import AutoModelForSequenceClassification
 
+        warnings.simplefilter("ignore", FutureWarning)
         base = AutoModelForSequenceClassification.from_pretrained(
             model_path(recipe.model), num_labels=len(ready.dataset.labels)
         )
