@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fedrot.learning.sources.read import read_dataset
 from hypothesis import settings
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from fedrot.learning.data import Dataset, Rows
 from fedrot.learning.encoding import Encoded
 from fedrot.learning.models import ResidentModel, load_model
 from fedrot.learning.settings import DataSettings, LoraSettings, ModelSettings
+from fedrot.learning.sources.read import read_dataset
 from fedrot.learning.tasks import classification
 
 quick = settings(max_examples=30, deadline=None, database=None, derandomize=True)

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fedrot.learning.sources.read import read_dataset
 from learning_helpers import refused, write_parquet, write_tsv
 
 from fedrot.learning.data import Dataset, Rows
 from fedrot.learning.settings import DataSettings
 from fedrot.learning.sources import glue
 from fedrot.learning.sources.glue import TASKS, hub_tables
+from fedrot.learning.sources.read import read_dataset
 
 # Every task's (text, pair, label number) by split; quotes are unbalanced as in the published files.
 TEXTS = {

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from fedrot.learning.sources.read import read_dataset
 from learning_helpers import refused, write_lines
 
 from fedrot.learning.data import Dataset, bucket
 from fedrot.learning.settings import DataSettings
+from fedrot.learning.sources.read import read_dataset
 from fedrot.learning.sources.vader import DOMAINS
 
 
