@@ -21,7 +21,9 @@ def blocks(kind: str) -> list[str]:
 
 
 def call(words: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **more, "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}"}
+    # Under `make test` this is a make within a make, which would say which folder it enters and leaves.
+    outer = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    environment = {**outer, **more, "PATH": f"{Path(sys.prefix) / 'bin'}:{outer['PATH']}"}
     return subprocess.run(words, shell=True, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
