@@ -65,9 +65,14 @@ class Observer(Protocol):
         """The errors over all uploads seen."""
 
 
+def measured(settings: DiagnosticsSettings, round: int) -> bool:
+    """Whether diagnostics are taken in this round."""
+    return settings.every > 0 and round % settings.every == 0
+
+
 def observer(settings: DiagnosticsSettings, round: int, uploads: int, seed: int) -> Observer | None:
     """The observer for a round of so many uploads; None in rounds that are not measured."""
-    if settings.every == 0 or round % settings.every:
+    if not measured(settings, round):
         return None
     if uploads <= settings.exact_clients:
         return ExactErrors(settings.rho)

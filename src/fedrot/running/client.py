@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedrot.core.adapter import Adapter
+from fedrot.core.diagnostics import measured
 from fedrot.core.drift import client_drift
 from fedrot.core.methods.base import Broadcast, ClientState, Method, Seat, Upload
 from fedrot.core.seeding import generator
@@ -49,7 +50,8 @@ def client_round(
     trained = time.perf_counter()
     result = method.client(local.adapter, broadcast, seat, generator(*key, "method"))
     aligned = time.perf_counter()
-    drift = client_drift(local.adapter, broadcast.adapter, result.rotation) if measured(recipe, broadcast.round) else {}
+    wanted = measured(recipe.diagnostics, broadcast.round)
+    drift = client_drift(local.adapter, broadcast.adapter, result.rotation) if wanted else {}
     done = time.perf_counter()
 
     kept = {METHOD + name: tensor for name, tensor in result.state.items()}
@@ -75,9 +77,3 @@ def with_own_head(adapter: Adapter, state: ClientState) -> Adapter:
     """The adapter with the client's own head, where it keeps one."""
     own = {name.removeprefix(HEAD): tensor for name, tensor in state.items() if name.startswith(HEAD)}
     return replace(adapter, head=own) if own else adapter
-
-
-def measured(recipe: Recipe, round: int) -> bool:
-    """Whether diagnostics are taken in this round."""
-    every = recipe.diagnostics.every
-    return every > 0 and round % every == 0
