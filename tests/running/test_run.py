@@ -282,6 +282,8 @@ def test_an_interrupted_run_says_how_to_go_on(recipe_file: Any, tmp_path: Path) 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # Where the tests run in the background, a shell may have told its children to ignore this signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while process.poll() is None and lines_of(out) < 2:
         time.sleep(0.01)
