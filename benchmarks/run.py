@@ -100,7 +100,7 @@ def round_against_bare_loop(recipe: Recipe, ready: Prepared, repeats: int) -> tu
         records.append(record)
 
     def evaluation() -> None:
-        engine.evaluate(state.broadcast.adapter, "validation", recipe.evaluation.limit)
+        engine.evaluate(state.broadcast, "validation", recipe.evaluation.limit)
 
     ours()
     bare.round()

@@ -49,7 +49,11 @@ def test_the_walk_through_adds_a_working_method(
 
     capsys.readouterr()
     assert main(["methods"]) == 0
-    assert re.search(r"^damped +an example +sum +- +step=0.5$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert re.search(
+        r"^damped +an example +sum +- +ranks, opt, variates, merge +step=0.5$",
+        capsys.readouterr().out,
+        flags=re.MULTILINE,
+    )
     assert main(["run", str(path), "--method.name", "damped", "--method.step", "2"]) == 2
     assert "method.step must be in (0, 1], got 2.0" in capsys.readouterr().err
 

@@ -81,7 +81,8 @@ def test_the_printed_outputs_are_real_ones() -> None:
     plain = "".join(blocks(""))
     assert re.search(r"^test accuracy 0\.\d{4}  \(2815 examples\)$", plain, flags=re.MULTILINE)
     assert re.search(r"^\d+ passed.* in \d", plain, flags=re.MULTILINE)
-    assert " failed" not in plain and "@" not in plain
+    assert " failed" not in plain
+    assert "@" not in plain
 
 
 def test_the_benchmark_runs_at_reduced_size_and_writes_its_table(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """An engine without a model: clients that answer with prepared factors. For tests of the round loop."""
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,9 @@ from fedrot.core.methods.base import Broadcast, ClientState, Method, Seat, Uploa
 from fedrot.core.seeding import generator
 from fedrot.learning.evaluation import Evaluation
 from fedrot.running.engine import Failure
+from fedrot.running.folder import RunFolder
+from fedrot.running.recipe_file import parse_recipe
+from fedrot.running.run import run
 
 
 def first_adapter(rank: int = 2, seed: int = 0) -> Adapter:
@@ -76,7 +81,10 @@ class FakeEngine:
     def settle(self, accepted: Collection[str]) -> None:
         self.accepted = sorted(accepted)
 
-    def evaluate(self, adapter: Adapter, split: str, limit: int | None = None) -> Evaluation:
+    def answer(self, question: Adapter, clients: Sequence[str]) -> Iterator[Upload | Failure]:
+        raise NotImplementedError
+
+    def evaluate(self, broadcast: Broadcast, split: str, limit: int | None = None) -> Evaluation:
         return Evaluation(split, 1, {"accuracy": 0.5, "macro_f1": 0.5, "loss": 1.0}, clients={"c": {"accuracy": 0.5}})
 
     def states(self) -> Mapping[str, ClientState]:
@@ -128,3 +136,16 @@ class Silent:
 
     def save(self, record: Mapping[str, Any], checkpoint: Any) -> None:
         self.records.append(record)
+
+
+def go(values: dict[str, Any], out: Path, *flags: str, resume: bool = False) -> RunFolder:
+    return run(parse_recipe(values, flags), out, Silent(), resume=resume)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that a run leaves that must not depend on when or how often it was interrupted."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        del record["seconds"]
+    tensors = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    return {"metrics": records, "adapter": tensors, "result": json.loads((folder / "result.json").read_text())}

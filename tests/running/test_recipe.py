@@ -58,7 +58,7 @@ BAD_VALUES = {
     "setting of another method": ({"method": {"name": "fedit", "strength": 0.5}}, ["method.strength", "fedit"]),
     "strength out of range": ({"method": {"strength": 1.5}}, ["method.strength", "[0, 1]"]),
     "strength not a number": ({"method": {"strength": float("nan")}}, ["method.strength", "[0, 1]"]),
-    "unknown factor": ({"method": {"factor": "C"}}, ["method.factor must be A, B or alternate"]),
+    "unknown factor": ({"method": {"factor": "C"}}, ["method.factor must be A, B, alternate or joint"]),
     "zero rounds": ({"rounds": 0}, ["rounds must be at least 1, got 0"]),
     "negative rate": ({"local": {"lr": -1.0}}, ["local.lr must be positive"]),
     "rate not a number": ({"local": {"lr": float("nan")}}, ["local.lr must be positive"]),

@@ -12,27 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import Silent
+from fakes import go, outcome
 
 from fedrot import Adapter
 from fedrot.core.errors import DataError, FedrotError, RunError
 from fedrot.running.folder import RunFolder
 from fedrot.running.recipe import Recipe
 from fedrot.running.recipe_file import parse_recipe
-from fedrot.running.run import run
-
-
-def go(values: dict[str, Any], out: Path, *flags: str, resume: bool = False) -> RunFolder:
-    return run(parse_recipe(values, flags), out, Silent(), resume=resume)
-
-
-def outcome(folder: Path) -> dict[str, Any]:
-    """All that a run leaves that must not depend on when or how often it was interrupted."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for record in records:
-        del record["seconds"]
-    tensors = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-    return {"metrics": records, "adapter": tensors, "result": json.loads((folder / "result.json").read_text())}
 
 
 def test_a_run_learns_and_leaves_a_complete_folder(tiny_values: dict[str, Any], tmp_path: Path) -> None:

@@ -1,16 +1,27 @@
 """`fedrot.aggregate`: several adapters to one, by any method that needs no training round."""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from fedrot.core.adapter import Adapter, same_form, same_update
+from fedrot.core.adapter import Adapter, LoraPair, same_form
 from fedrot.core.alignment import check_finite
-from fedrot.core.errors import FedrotError, RecipeError, choices
+from fedrot.core.diagnostics import AggregationErrors, exact_errors, sent_errors
+from fedrot.core.errors import AdapterError, FedrotError, RecipeError, choices
 from fedrot.core.methods import get_method, methods
-from fedrot.core.methods.base import Broadcast, Seat, ServerState
+from fedrot.core.methods.base import Broadcast, Method, Reduced, Seat, ServerState
+from fedrot.core.products import joined
+from fedrot.core.ranks import first_frames, pad
 from fedrot.core.reduce import Reduction, as_float32
 from fedrot.core.seeding import generator
+
+
+@dataclass(frozen=True)
+class Combined:
+    """An adapter made of several, and what was lost of their weighted sum."""
+
+    adapter: Adapter
+    errors: AggregationErrors
 
 
 def aggregate(
@@ -20,14 +31,17 @@ def aggregate(
     reference: Adapter | None = None,
     **settings: Any,
 ) -> Adapter:
-    """Combine adapters of one form into one adapter, as the server of a federated round would.
+    """Combine adapters of the same layers into one adapter, as the server of a federated round would.
 
     Args:
-        adapters: at least one; the same layers, shapes and head tensors. Half precision is widened to float32.
+        adapters: at least one; the same layers and head tensors. Half precision is widened to float32. Ranks may
+            differ, layer by layer, and so may alpha: the result has the largest rank and the first adapter's scale.
         weights: one positive number an adapter, e.g. its number of training examples; they need not sum to one.
             None weighs all alike.
-        method: the name of a registered method that needs no training round.
-        reference: the common starting point that `fedrot` aligns to, e.g. the adapter that all were trained from.
+        method: the name of a registered method that needs no training round. One that changes the base model gives
+            the change back as extra rank.
+        reference: the common starting point that `fedrot` aligns to, e.g. the adapter that all were trained from; its
+            rank is the largest.
         settings: the method's own, e.g. strength=0.4, factor="B". Alignment always rotates here, by factor A unless
             given.
 
@@ -35,10 +49,84 @@ def aggregate(
         ValueError: adapters of different form, weights that are not positive, an unknown method or setting, a
             reference that is missing or of another form.
     """
+    chosen, parts, weights, frame = _prepared(adapters, weights, method, reference, settings)
+    return _combine(chosen, parts, weights, frame)
+
+
+def combine(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    method: str = "fedit",
+    reference: Adapter | None = None,
+    **settings: Any,
+) -> Combined:
+    """`aggregate`, with what it lost: `before` is the error of averaging the factors as they are, `sent` that of the
+    result, `floor` that of the best adapter of its rank; see `AggregationErrors`.
+    """
+    chosen, parts, weights, frame = _prepared(adapters, weights, method, reference, settings)
+    made = _combine(chosen, parts, weights, frame)
+    return Combined(made, errors_of(parts, weights, made))
+
+
+def errors_of(adapters: Sequence[Adapter], weights: Sequence[float], made: Adapter) -> AggregationErrors:
+    """What `made` lost of the adapters' weighted sum; the adapters have one form, `made` may have any rank."""
+    layers = exact_errors(list(adapters), list(weights))
+    for name, error2 in sent_errors(adapters, weights, [made]).items():
+        layers[name]["sent2"] = error2
+    return AggregationErrors(layers, estimated=False, clients=len(adapters))
+
+
+def alike(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters in one form, their updates kept: padded to the largest rank of each layer, at the first one's scale.
+
+    Raises `AdapterError` naming the adapter that has other layers, outer shapes, orientation or head.
+    """
+    widened = [as_float32(adapter) for adapter in adapters]
+    for index, adapter in enumerate(widened):
+        check_finite(adapter)
+        same_form(_outer(adapter), _outer(widened[0]), who=f"adapters[{index}]")
+        for name, pair in adapter.layers.items():
+            if pair.fan_in_fan_out != widened[0].layers[name].fan_in_fan_out:
+                raise AdapterError(
+                    f"adapters[{index}]: layer {name!r} has fan_in_fan_out {pair.fan_in_fan_out}: it fits other base "
+                    "layers"
+                )
+    layers = {}
+    for name, pair in widened[0].layers.items():
+        widest = max((adapter.layers[name] for adapter in widened), key=lambda p: p.rank)
+        layers[name] = replace(pair, a=widest.a, b=widest.b)
+    return [_like(adapter, replace(widened[0], layers=layers)) for adapter in widened]
+
+
+def _like(adapter: Adapter, form: Adapter) -> Adapter:
+    """`adapter` at the ranks and scales of `form`."""
+    layers = {}
+    for name, pair in adapter.layers.items():
+        one = Adapter({name: form.layers[name]})
+        layers[name] = pad(Adapter({name: pair}), first_frames(one, pair.rank), one).layers[name]
+    return replace(adapter, layers=layers)
+
+
+def _outer(adapter: Adapter) -> Adapter:
+    """The adapter's names and outer shapes, at rank one, to compare what must be the same."""
+    layers = {
+        name: LoraPair(pair.a[:1], pair.b[:, :1], pair.scale, pair.fan_in_fan_out)
+        for name, pair in adapter.layers.items()
+    }
+    return replace(adapter, layers=layers)
+
+
+def _prepared(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None,
+    method: str,
+    reference: Adapter | None,
+    settings: dict[str, Any],
+) -> tuple[Method, list[Adapter], list[float], Adapter]:
+    """(method, adapters of one form, weights, what to align to); raises what `aggregate` does."""
     if not adapters:
         raise FedrotError("there are no adapters to aggregate")
-    if weights is None:
-        weights = [1.0] * len(adapters)
+    weights = [1.0] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters):
         raise FedrotError(f"there are {len(adapters)} adapters and {len(weights)} weights; give one each")
     kind = get_method(method)
@@ -50,19 +138,41 @@ def aggregate(
         raise RecipeError(f"{unknown[0]!r} is not a setting of method {method!r}; it has {choices(known) or 'none'}")
     if kind.needs_reference and reference is None:
         raise RecipeError(f"method {method!r} aligns to a reference; give reference=, e.g. the common starting adapter")
-
-    for index, adapter in enumerate(adapters):
-        check_finite(adapter)
-        same_form(adapter, adapters[0], who=f"adapters[{index}]")
-        same_update(adapter, adapters[0], who=f"adapters[{index}]")
+    parts = alike(adapters)
     if reference is not None:
-        bare = (replace(reference, head={}), replace(adapters[0], head={}))  # the head is not rotated
+        check_finite(reference)
+        bare = (_outer(replace(reference, head={})), _outer(replace(parts[0], head={})))  # the head is not rotated
         same_form(*bare, who="reference", other="the adapters")
-    chosen = kind.standalone(**settings)
+        for name, pair in parts[0].layers.items():
+            if reference.layers[name].rank != pair.rank:
+                raise AdapterError(
+                    f"reference: layer {name!r} has rank {reference.layers[name].rank}, "
+                    f"the widest adapter has {pair.rank}"
+                )
+        reference = _like(as_float32(reference), parts[0])
+    return kind.standalone(**settings), parts, weights, reference or parts[0]
+
+
+def _combine(method: Method, adapters: Sequence[Adapter], weights: Sequence[float], reference: Adapter) -> Adapter:
     # Round 1 is the first in which a method does all that it does.
-    broadcast = Broadcast(round=1, adapter=reference or adapters[0])
-    reduction = Reduction(as_float32(adapters[0]), chosen.uploads(1), keep=kind.capabilities.reduction == "factors")
+    state = ServerState(Broadcast(round=1, adapter=reference))
+    reduction = Reduction(adapters[0], method.uploads(1), keep=method.capabilities.reduction == "factors")
     for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
-        result = chosen.client(adapter, broadcast, Seat(name=str(index)), generator("aggregate", index))
+        result = method.client(adapter, state.broadcast, Seat(name=str(index)), generator("aggregate", index))
         reduction.add(result.adapter, weight)
-    return chosen.server(ServerState(broadcast), reduction.result()).broadcast.adapter
+    reduced = reduction.result()
+    if method.capabilities.second_phase:
+        reduced = replace(reduced, answer=_answers(method, state, reduced, adapters, weights))
+    sent = method.server(state, reduced, generator("aggregate", "server")).broadcast
+    return sent.adapter if sent.base_step is None else joined(sent.adapter, sent.base_step)
+
+
+def _answers(
+    method: Method, state: ServerState, reduced: Reduced, adapters: Sequence[Adapter], weights: Sequence[float]
+) -> Adapter:
+    """The mean of the second phase's answers."""
+    question = method.ask(state, reduced)
+    reduction = Reduction(question, frozenset({"a"}))
+    for adapter, weight in zip(adapters, weights, strict=True):
+        reduction.add(method.answer(adapter, question), weight)
+    return reduction.result().mean

@@ -5,7 +5,7 @@ average of several clients' factors keeps. arXiv 2602.23638.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -14,37 +14,49 @@ from torch import Tensor
 
 from fedrot.core.adapter import Adapter, same_form, stacks
 from fedrot.core.errors import AdapterError, FedrotError, choices
-from fedrot.core.linalg import procrustes, soften
+from fedrot.core.linalg import procrustes, regularised, soften
 
-Factor = Literal["A", "B"]
+Factor = Literal["A", "B", "joint"]
+Softening = Literal["linear", "regularised"]
+Strength = float | Literal["auto"]
 Rotations = Mapping[str, Tensor]  # layer name -> (r, r) float64, in SO(r)
+
+# The strengths that 'auto' chooses from, beside 0.
+_STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 
 
 def align(
     adapter: Adapter,
     reference: Adapter,
     factor: Factor = "A",
-    strength: float = 0.4,
+    strength: Strength = 0.4,
     keep_dtype: bool = False,
+    softening: Softening = "linear",
+    guard: bool = False,
 ) -> Adapter:
     """Turn every layer's factors towards the reference's frame; every layer's product B A stays what it was.
 
-    For each layer R = argmin over SO(r) of ||R^T A - A_ref|| (factor 'A') or ||B R - B_ref|| (factor 'B'), softened to
-    `strength`, and the result is (R^T A, B R). The head is not touched.
+    For each layer R = argmin over SO(r) of ||R^T A - A_ref|| (factor 'A'), ||B R - B_ref|| ('B') or both, each over
+    its mean squared residual ('joint'), softened to `strength`; the result is (R^T A, B R). The head is not touched.
 
     Args:
         adapter: the factors to turn, e.g. a client's after local training.
         reference: the factors to turn towards, with the same layers and shapes, e.g. the last broadcast.
         factor: which factor is matched to the reference's.
-        strength: lambda in [0, 1]; 0 leaves the adapter as it is, 1 turns all the way.
+        strength: lambda in [0, 1]; 0 leaves the adapter as it is, 1 turns all the way. 'auto' takes, layer by layer,
+            the strength that brings both factors together nearest to the reference, under the guard.
         keep_dtype: give the factors back in their own dtype. By default half-precision factors come back as float32,
             because rounding them again would keep B A only to half precision.
+        softening: 'linear' is the paper's, the rotation nearest to (1 - lambda) I + lambda R; 'regularised' turns each
+            direction only as far as the data say (`linalg.regularised`).
+        guard: leave a layer as it is where turning would not bring both factors together nearer to the reference by
+            more than noise does (`nearing`).
 
     Raises:
         ValueError: strength outside [0, 1] or not finite, an unknown factor, other layers, shapes or ranks.
     """
     same_layers(adapter, reference)
-    return rotate(adapter, find_rotations([adapter], reference, factor, strength)[0], keep_dtype)
+    return rotate(adapter, find_rotations(adapter, reference, factor, strength, softening, guard), keep_dtype)
 
 
 def same_layers(adapter: Adapter, reference: Adapter) -> None:
@@ -59,43 +71,99 @@ def check_finite(adapter: Adapter) -> None:
             raise AdapterError(f"{name} holds values that are not finite (NaN or infinite)")
 
 
-def check_strength(strength: float) -> float:
-    """`strength` as a float in [0, 1], or `FedrotError`."""
+def check_strength(strength: Strength) -> Strength:
+    """`strength` as a float in [0, 1] or 'auto', or `FedrotError`."""
+    if strength == "auto":
+        return "auto"
     try:
         value = float(strength)
     except (TypeError, ValueError):
-        raise FedrotError(f"strength must be a number in [0, 1], got {strength!r}") from None
+        raise FedrotError(f"strength must be a number in [0, 1] or 'auto', got {strength!r}") from None
     if not (math.isfinite(value) and 0.0 <= value <= 1.0):
-        raise FedrotError(f"strength must be in [0, 1], got {strength!r}")
+        raise FedrotError(f"strength must be in [0, 1] or 'auto', got {strength!r}")
     return value
 
 
 def find_rotations(
-    adapters: Sequence[Adapter], reference: Adapter, factor: Factor, strength: float
-) -> list[dict[str, Tensor]]:
-    """The softened Procrustes rotation of every adapter and layer, layers of equal shape in one batched SVD.
+    adapter: Adapter,
+    reference: Adapter,
+    factor: Factor,
+    strength: Strength,
+    softening: Softening = "linear",
+    guard: bool = False,
+) -> dict[str, Tensor]:
+    """The softened rotation of every layer, (r, r) float64, layers of equal shape in one batched SVD; see `align`.
 
-    All adapters have the reference's layers and shapes. Returns one mapping layer -> (r, r) float64 an adapter.
+    The adapter has the reference's layers and shapes.
     """
     strength = check_strength(strength)
-    for adapter in (*adapters, reference):
-        check_finite(adapter)
-    if factor not in get_args(Factor):
-        raise FedrotError(f"factor must be {choices(get_args(Factor))}, got {factor!r}")
-    found: list[dict[str, Tensor]] = [{} for _ in adapters]
-    for stack in stacks([*adapters, reference], torch.float64):
-        pairs = [adapter.layers[name] for adapter in (*adapters, reference) for name in stack.names]
+    for one in (adapter, reference):
+        check_finite(one)
+    for what, value, kind in (("factor", factor, Factor), ("softening", softening, Softening)):
+        if value not in get_args(kind):
+            raise FedrotError(f"{what} must be {choices(get_args(kind))}, got {value!r}")
+    found: dict[str, Tensor] = {}
+    for stack in stacks([adapter, reference], torch.float64):
+        pairs = [one.layers[name] for one in (adapter, reference) for name in stack.names]
         eps = max(torch.finfo(pair.a.dtype).eps for pair in pairs)
-        # The reference is the last of the stack; slicing keeps its dimension, so it broadcasts over the adapters.
-        a, b, a_ref, b_ref = stack.a[:-1], stack.b[:-1], stack.a[-1:], stack.b[-1:]
-        left, right = (a, a_ref.mT) if factor == "A" else (b.mT, b_ref)
-        rotation = soften(procrustes(left @ right, _noise(eps, left, right)), strength)
-        for one, rotations in zip(found, rotation, strict=True):
-            one.update(zip(stack.names, rotations, strict=True))
+        (a, a_ref), (b, b_ref) = stack.a, stack.b
+        m, noise = _correlation(a, b, a_ref, b_ref, factor, eps)
+        both = a @ a_ref.mT + b.mT @ b_ref
+        distance2 = sum((x - y).square().sum((-2, -1)) for x, y in ((a, a_ref), (b, b_ref)))
+        share = (a.shape[-2] - 1) / (2 * (a.shape[-1] + b.shape[-2]))
+
+        def turned(lam: float, m: Tensor = m, noise: Tensor = noise) -> Tensor:
+            if softening == "regularised":
+                return regularised(m, lam, noise)
+            return soften(procrustes(m, noise), lam)
+
+        if strength == "auto":
+            tried = torch.stack([turned(lam) for lam in _STRENGTHS])
+            best = nearing(tried, both).argmax(0)
+            rotation = tried.gather(0, best[None, :, None, None].expand(1, *tried.shape[1:]))[0]
+        else:
+            rotation = turned(strength)
+        if guard or strength == "auto":
+            eye = torch.eye(a.shape[-2], dtype=a.dtype, device=a.device)
+            worth = nearing(rotation, both) > 0.5 * share * distance2
+            rotation = torch.where(worth[:, None, None], rotation, eye)
+        found.update(zip(stack.names, rotation, strict=True))
     return found
 
 
-def _noise(eps: float, left: Tensor, right: Tensor) -> Tensor:  # (N, L)
+def nearing(
+    rotation: Tensor,  # (..., r, r)
+    both: Tensor,  # (..., r, r) A A_ref^T + B^T B_ref
+) -> Tensor:  # (...)
+    """By how much turning brings both factors nearer to the reference: the fall of ||A - A_ref||^2 + ||B - B_ref||^2.
+
+    A gradient step is orthogonal to the orbit of frames, so after plain gradient descent no turn brings both factors
+    nearer; what turns one factor alone then takes from the other. Isotropic noise would give the turning directions
+    (r - 1) / (2 (d_in + d_out)) of the squared distance: half of that is what a turn must bring under the guard.
+    """
+    eye = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
+    return 2 * ((rotation - eye) * both).sum((-2, -1))
+
+
+def _correlation(
+    a: Tensor, b: Tensor, a_ref: Tensor, b_ref: Tensor, factor: Factor, eps: float
+) -> tuple[Tensor, Tensor]:  # (L, r, r), (L)
+    """What the rotation maximises its trace with, and the level of rounding noise in it."""
+    sides = {"A": (a, a_ref.mT), "B": (b.mT, b_ref)}
+    if factor != "joint":
+        left, right = sides[factor]
+        return left @ right, _noise(eps, left, right)
+    m, noise = torch.zeros(()), torch.zeros(())
+    for (left, right), x, y in ((sides["A"], a, a_ref), (sides["B"], b, b_ref)):
+        # A factor that stayed where it was would count without limit: its residual is taken as rounding's at least.
+        least = (eps * y.norm(dim=(-2, -1))).square() / (y.shape[-2] * y.shape[-1])
+        weight = 1 / torch.maximum((x - y).square().mean((-2, -1)), least.clamp_min(torch.finfo(y.dtype).tiny))
+        m = m + weight[:, None, None] * (left @ right)
+        noise = noise + weight * _noise(eps, left, right)
+    return m, noise
+
+
+def _noise(eps: float, left: Tensor, right: Tensor) -> Tensor:  # (L)
     """The level in left @ right that comes from the factors' own rounding, whose errors average out over the inner
     dimension: below it a direction says nothing.
     """

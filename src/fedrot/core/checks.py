@@ -25,26 +25,18 @@ class RejectedUpload(FedrotError):
     """An upload that must not touch the state; the message is the reason."""
 
 
-def check_upload(upload: Upload, form: Adapter, settings: CheckSettings) -> None:
+def check_upload(upload: Upload, form: Adapter, settings: CheckSettings, variate: bool = False) -> None:
     """Raise `RejectedUpload` with the reason unless the upload has `form`'s names, shapes and dtypes, finite values, a
-    sane example count, rotations in SO(r), and a change from `form` (the broadcast) within the norm bound.
+    sane example count, rotations in SO(r), and a change from `form` (the broadcast) within the norm bound; and, with
+    `variate`, a control variate of the same form, without it none.
     """
-    try:
-        same_form(upload.adapter, form, who="upload")
-        same_update(upload.adapter, form, who="upload")
-    except AdapterError as problem:
-        raise RejectedUpload(str(problem)) from None
+    _check_tensors(upload.adapter, form, "upload")
+    if variate != (upload.variate is not None):
+        raise RejectedUpload(f"upload: it has {'no' if variate else 'a'} control variate (local.scaffold)")
+    if upload.variate is not None:
+        _check_tensors(upload.variate, form, "upload: control variate")
     sent = dict(form.tensors())
-    change2 = 0.0
-    for name, tensor in upload.adapter.tensors():
-        for what in ("dtype", "device", "layout"):
-            if getattr(tensor, what) != getattr(sent[name], what):
-                raise RejectedUpload(
-                    f"upload: {name} has {what} {getattr(tensor, what)}, the broadcast has {getattr(sent[name], what)}"
-                )
-        if not bool(torch.isfinite(tensor).all()):
-            raise RejectedUpload(f"upload: {name} holds values that are not finite (NaN or infinite)")
-        change2 += float((tensor.double() - sent[name].double()).square().sum())
+    change2 = sum(float((t.double() - sent[n].double()).square().sum()) for n, t in upload.adapter.tensors())
     if settings.max_norm is not None and math.sqrt(change2) > settings.max_norm:
         raise RejectedUpload(
             f"upload: its change has norm {math.sqrt(change2):.3g}, above checks.max_norm {settings.max_norm:g}"
@@ -54,6 +46,23 @@ def check_upload(upload: Upload, form: Adapter, settings: CheckSettings) -> None
             raise RejectedUpload(f"upload: examples {what} must be a positive whole number, got {_short(count)}")
     _check_rotation(upload, form)
     _check_reports(upload, form)
+
+
+def _check_tensors(adapter: Adapter, form: Adapter, who: str) -> None:
+    try:
+        same_form(adapter, form, who=who)
+        same_update(adapter, form, who=who)
+    except AdapterError as problem:
+        raise RejectedUpload(str(problem)) from None
+    sent = dict(form.tensors())
+    for name, tensor in adapter.tensors():
+        for what in ("dtype", "device", "layout"):
+            if getattr(tensor, what) != getattr(sent[name], what):
+                raise RejectedUpload(
+                    f"{who}: {name} has {what} {getattr(tensor, what)}, the broadcast has {getattr(sent[name], what)}"
+                )
+        if not bool(torch.isfinite(tensor).all()):
+            raise RejectedUpload(f"{who}: {name} holds values that are not finite (NaN or infinite)")
 
 
 def _check_rotation(upload: Upload, form: Adapter) -> None:

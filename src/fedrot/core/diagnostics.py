@@ -6,18 +6,18 @@ centred factors: a difference of large stacked products would lose everything be
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from fedrot.core.adapter import Adapter, stacks
 from fedrot.core.alignment import rotate_back
 from fedrot.core.best_rotation import best_rotation_error2
 from fedrot.core.linalg import product_norm2, product_singular_values
 from fedrot.core.methods.base import Upload
+from fedrot.core.products import weighted_products, wide
 from fedrot.core.settings import DiagnosticsSettings
 from fedrot.core.sketch import SketchedErrors
 
@@ -30,7 +30,8 @@ class AggregationErrors:
 
     Keys of a layer: `ideal2` = ||dW_ideal||^2, `before2` and `after2` = the squared error of factor-wise averaging
     before and after alignment, `floor2` = the squared error of the best rank-r approximation of dW_ideal, which no
-    method that sends one rank-r adapter can beat; `best2`, on request, the error after the best rotation of all.
+    method that sends one rank-r adapter can beat; `best2`, on request, the error after the best rotation of all;
+    `sent2`, where it is known, the error of what the server made of the uploads, whatever its method.
     """
 
     layers: Mapping[str, Mapping[str, float]]
@@ -61,8 +62,8 @@ class Observer(Protocol):
     def add(self, upload: Upload, weight: float) -> None:
         """Take one upload in."""
 
-    def result(self) -> AggregationErrors:
-        """The errors over all uploads seen."""
+    def result(self, sent: Sequence[Adapter] = ()) -> AggregationErrors:
+        """The errors over all uploads seen. The updates of `sent` sum to what the server made of them."""
 
 
 def measured(settings: DiagnosticsSettings, round: int) -> bool:
@@ -94,7 +95,7 @@ class ExactErrors:
         self._before.append(rotate_back(upload.adapter, upload.rotation))
         self._weights.append(weight)
 
-    def result(self) -> AggregationErrors:
+    def result(self, sent: Sequence[Adapter] = ()) -> AggregationErrors:
         """The errors over all uploads seen."""
         rotated = any(b is not a for b, a in zip(self._before, self._after, strict=True))
         layers = exact_errors(self._before, self._weights, self._rho)
@@ -103,6 +104,9 @@ class ExactErrors:
                 layers[name]["after2"] = layer["after2"]
                 if self._rho:  # the frames that alignment found are rotations too
                     layers[name]["best2"] = min(layers[name]["best2"], layer["after2"])
+        if sent:
+            for name, error2 in sent_errors(self._after, self._weights, sent).items():
+                layers[name]["sent2"] = error2
         return AggregationErrors(layers, estimated=False, clients=len(self._weights))
 
 
@@ -122,11 +126,11 @@ class SketchObserver:
         self._after.add(upload.adapter, weight)
         self._before.add(rotate_back(upload.adapter, upload.rotation), weight)
 
-    def result(self) -> AggregationErrors:
+    def result(self, sent: Sequence[Adapter] = ()) -> AggregationErrors:
         """The errors over all uploads seen."""
         if self._after is None or self._before is None:
             raise ValueError("no upload was seen")
-        layers = self._after.layers()
+        layers = self._after.layers(sent)
         for name, layer in self._before.layers().items():
             layers[name]["before2"] = layer["after2"]
             layers[name]["floor2"] = min(layers[name]["floor2"], layer["floor2"])
@@ -145,8 +149,8 @@ def exact_errors(adapters: list[Adapter], weights: list[float], rho: bool = Fals
         a, b = stack.a, stack.b * stack.scale[..., None, None]
         root = p.sqrt().to(a.device).reshape(-1, 1, 1, 1)
         mean_a, mean_b = ((root.square() * t).sum(0) for t in (a, b))
-        error2 = product_norm2(_side_by_side((b - mean_b) * root, -1), _side_by_side((a - mean_a) * root, -2))
-        all_b, all_a = _side_by_side(b * root, -1), _side_by_side(a * root, -2)
+        error2 = product_norm2(wide((b - mean_b) * root, -1), wide((a - mean_a) * root, -2))
+        all_b, all_a = wide(b * root, -1), wide(a * root, -2)
         rank = a.shape[-2]
         columns = {
             "ideal2": product_norm2(all_b, all_a),
@@ -163,6 +167,17 @@ def exact_errors(adapters: list[Adapter], weights: list[float], rho: bool = Fals
     return found
 
 
-def _side_by_side(stacked: Tensor, dim: int) -> Tensor:
-    """(N, L, m, n) -> (L, m, N n) for dim -1, (L, N m, n) for dim -2: the clients' factors as one wide factor."""
-    return torch.cat(list(stacked), dim=dim)
+def sent_errors(adapters: Sequence[Adapter], weights: Sequence[float], sent: Sequence[Adapter]) -> dict[str, float]:
+    """||sum_i p_i s_i B_i A_i - sum of the updates of `sent`||^2 by layer; the ranks of `sent` may be any.
+
+    The difference is taken in the joint row and column spaces, after QR, so it loses nothing but rounding.
+    """
+    total = sum(weights)
+    found: dict[str, float] = {}
+    for sums in weighted_products([(w / total, a) for w, a in zip(weights, adapters, strict=True)]):
+        for i, name in enumerate(sums.names):
+            pairs = [one.layers[name] for one in sent]
+            b = torch.cat([sums.b[i], *(-p.scale * p.b.double() for p in pairs)], dim=1)
+            a = torch.cat([sums.a[i], *(p.a.double() for p in pairs)])
+            found[name] = float(product_singular_values(b, a).square().sum())
+    return found

@@ -1,6 +1,7 @@
 """Settings of the ground floor: plain frozen records that import nothing heavy."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,22 @@ class DiagnosticsSettings:
     rho: bool = False
     """Search the best rotation of every client numerically and report rho, the share of the avoidable error that is
     rotation's. Exact mode only; takes seconds a round."""
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What the server does with the averaged change (Reddi et al., arXiv 2003.00295)."""
+
+    optimizer: Literal["none", "momentum", "adam", "yogi"] = "none"
+    """none: the average is the next broadcast; the others step on its change, for the factors that were trained."""
+    lr: float | None = None
+    """The server's learning rate; null is 1 for momentum and 0.01 for adam and yogi."""
+    beta1: float = 0.9
+    """Decay of the first moment, in [0, 1)."""
+    beta2: float = 0.99
+    """Decay of the second moment, in [0, 1)."""
+    epsilon: float = 1e-3
+    """Added to the root of the second moment, which starts at its square: how adaptive the step is."""
 
 
 @dataclass(frozen=True)

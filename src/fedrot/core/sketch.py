@@ -4,6 +4,8 @@ With Gaussian Omega of k columns, E ||E Omega||_F^2 / k = ||E||_F^2 for every ma
 sum_i p_i B_i (A_i Omega) and, for the floor, as Psi sum_i p_i B_i A_i: both are sums over clients.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,13 +37,16 @@ class _Layer:
         self.mean_a.add_(a, alpha=weight)
         self.mean_b.add_(b, alpha=weight)
 
-    def squares(self, total: float) -> dict[str, float]:
+    def squares(self, total: float, sent: Sequence[LoraPair]) -> dict[str, float]:
         right, left = self.right / total, self.left / total
         mean_a, mean_b = self.mean_a / total, self.mean_b / total
         test, omega = right[:, : self.width], self.omega[:, : self.width]
         error2 = self._norm2(test - mean_b @ (mean_a @ omega))
         best_b, best_a = self._best_rank_r(right[:, self.width :], left)
+        made = sum((p.scale * (p.b.cpu().double() @ (p.a.cpu().double() @ omega)) for p in sent), torch.zeros(()))
+        found = {} if not sent else {"sent2": self._norm2(test - made)}
         return {
+            **found,
             "ideal2": self._norm2(test),
             "before2": error2,
             "after2": error2,
@@ -75,6 +80,8 @@ class SketchedErrors:
         self._total += weight
         self.count += 1
 
-    def layers(self) -> dict[str, dict[str, float]]:
-        """The estimates over all clients seen."""
-        return {name: layer.squares(self._total) for name, layer in self._layers.items()}
+    def layers(self, sent: Sequence[Adapter] = ()) -> dict[str, dict[str, float]]:
+        """The estimates over all clients seen; see `diagnostics.Observer.result` for `sent`."""
+        return {
+            name: layer.squares(self._total, [one.layers[name] for one in sent]) for name, layer in self._layers.items()
+        }

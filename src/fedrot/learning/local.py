@@ -1,11 +1,13 @@
 """The local steps of one client."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedrot.core.adapter import Adapter
 from fedrot.core.errors import FedrotError
@@ -29,6 +31,7 @@ class LocalResult:
     steps: int
     loss: float  # mean over the steps
     tokens: int  # tokens in the batches, padding not counted
+    gradient: Mapping[str, Tensor] = field(default_factory=dict)  # with `correction`: mean over the steps, uncorrected
 
 
 def train_local(
@@ -39,34 +42,40 @@ def train_local(
     settings: LocalSettings,
     parts: frozenset[str],
     key: tuple[int | str, ...],
+    correction: Mapping[str, Tensor] | None = None,
 ) -> LocalResult:
     """Train `parts` of `adapter` on the client's examples `indices` of `data`.
 
     `key` is (seed, round, client): batches and dropout masks come from it, so the result does not depend on what ran
-    before or on how many other clients there are. Raises `LocalFailure` when the loss is not finite.
+    before or on how many other clients there are. `correction`, by flat tensor name, is added to every step's gradient
+    after clipping (SCAFFOLD's c - c_i). Raises `LocalFailure` when the loss is not finite.
     """
     model.write(adapter)
-    trained = [parameter for _, parameter in model.parameters(parts)]
-    for parameter in trained:
+    named = dict(model.parameters(parts))
+    for parameter in named.values():
         parameter.requires_grad_(True)
     try:
-        return _steps(model, trained, data, indices, settings, key)
+        return _steps(model, named, data, indices, settings, key, correction)
     finally:
         model.set_dropout_key(None)
-        for parameter in trained:
+        for parameter in named.values():
             parameter.requires_grad_(False)
             parameter.grad = None
 
 
 def _steps(
     model: ResidentModel,
-    trained: list[torch.nn.Parameter],
+    named: Mapping[str, torch.nn.Parameter],
     data: Encoded,
     indices: NDArray[np.int64],
     settings: LocalSettings,
     key: tuple[int | str, ...],
+    correction: Mapping[str, Tensor] | None,
 ) -> LocalResult:
+    trained = list(named.values())
     optimizer = _optimizer(trained, settings)
+    start = [parameter.detach().clone() for parameter in trained] if settings.prox else []
+    gradient = {name: torch.zeros_like(p) for name, p in named.items()} if correction is not None else {}
     batches = shuffled_batches(data.lengths[indices], settings.batch, key)
     steps = step_count(len(indices), settings)
     losses, used, tokens = [], 0, 0
@@ -80,8 +89,16 @@ def _steps(
         if not math.isfinite(losses[-1]):
             raise LocalFailure(f"the loss is {losses[-1]} at local step {step}; lower local.lr or set local.clip")
         torch.autograd.backward(loss)
+        for parameter, origin in zip(trained, start, strict=False):  # FedProx
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - origin, alpha=settings.prox)
         if settings.clip is not None:
             torch.nn.utils.clip_grad_norm_(trained, settings.clip)
+        if correction is not None:
+            for name, parameter in named.items():
+                if parameter.grad is not None:
+                    gradient[name].add_(parameter.grad, alpha=1 / steps)
+                    parameter.grad.add_(correction[name])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         used += len(rows)
@@ -89,7 +106,7 @@ def _steps(
     adapter = model.read()
     if not all(bool(torch.isfinite(tensor).all()) for _, tensor in adapter.tensors()):
         raise LocalFailure("the factors are not finite after the last local step; lower local.lr or set local.clip")
-    return LocalResult(adapter, used, steps, sum(losses) / steps, tokens)
+    return LocalResult(adapter, used, steps, sum(losses) / steps, tokens, gradient)
 
 
 def step_count(examples: int, settings: LocalSettings) -> int:

@@ -34,7 +34,8 @@ class ResidentModel:
         self.model = model
         self.tokenizer = tokenizer
         self._lora: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
-        self._form: dict[str, tuple[float, bool]] = {}  # layer -> (scale, fan_in_fan_out)
+        self._modules: dict[str, Any] = {}  # layer -> PEFT's module, which holds its scale and its base weight
+        self._flags: dict[str, bool] = {}  # layer -> fan_in_fan_out
         self._head: dict[str, nn.Parameter] = {}
         self._dropouts: list[KeyedDropout] = []
         inner = model.base_model.model
@@ -42,7 +43,8 @@ class ResidentModel:
             if isinstance(module, LoraLayer):
                 factors: list[Any] = [module.lora_A[_PEFT_NAME].weight, module.lora_B[_PEFT_NAME].weight]
                 self._lora[name] = (factors[0], factors[1])
-                self._form[name] = float(module.scaling[_PEFT_NAME]), bool(getattr(module, "fan_in_fan_out", False))
+                self._modules[name] = module
+                self._flags[name] = bool(getattr(module, "fan_in_fan_out", False))
                 old = module.lora_dropout[_PEFT_NAME]
                 dropout = KeyedDropout(getattr(old, "p", 0.0), name)
                 module.lora_dropout[_PEFT_NAME] = dropout
@@ -56,23 +58,46 @@ class ResidentModel:
         own = {id(p) for _, p in self.parameters(frozenset({"a", "b", "head"}))}
         # PEFT keeps the fresh, unused head beside the one that is trained; it is no part of the base model.
         self._base = {n: p for n, p in inner.named_parameters() if id(p) not in own and ".original_module." not in n}
+        self._original: dict[str, Tensor] = {}  # base weights that were changed, as they were loaded
+        self._delta: Adapter | None = None
 
     def read(self) -> Adapter:
         """A copy of the adapter that is in the model now."""
         layers = {
-            name: LoraPair(a.detach().clone(), b.detach().clone(), *self._form[name])
+            name: LoraPair(a.detach().clone(), b.detach().clone(), self._scale(name), self._flags[name])
             for name, (a, b) in self._lora.items()
         }
         return Adapter(layers, {n: p.detach().clone() for n, p in self._head.items()}, self.config())
 
     def write(self, adapter: Adapter) -> None:
-        """Put an adapter of this model's form into it."""
+        """Put an adapter of this model's layers into it; its ranks and scales may be others than those there now."""
         with torch.no_grad():
             for name, (a, b) in self._lora.items():
-                a.copy_(adapter.layers[name].a)
-                b.copy_(adapter.layers[name].b)
+                pair = adapter.layers[name]
+                for parameter, tensor in ((a, pair.a), (b, pair.b)):
+                    if parameter.shape != tensor.shape:
+                        parameter.data = torch.empty_like(tensor, dtype=parameter.dtype, device=parameter.device)
+                    parameter.copy_(tensor)
+                self._modules[name].scaling[_PEFT_NAME] = pair.scale
             for name, parameter in self._head.items():
                 parameter.copy_(adapter.head[name])
+
+    def change_base(self, delta: Adapter | None) -> None:
+        """Make the base weights what was loaded plus `delta`'s updates, in float32; None: what was loaded."""
+        if delta is self._delta:
+            return
+        with torch.no_grad():
+            for name, module in self._modules.items():
+                weight = module.get_base_layer().weight
+                if delta is None:
+                    weight.data = self._original[name]
+                    continue
+                original = self._original.setdefault(name, weight.data)
+                weight.data = (original.float() + delta.layers[name].delta().to(original.device)).contiguous()
+        self._delta = delta
+
+    def _scale(self, name: str) -> float:
+        return float(self._modules[name].scaling[_PEFT_NAME])
 
     def parameters(self, parts: frozenset[str]) -> list[tuple[str, nn.Parameter]]:
         """(flat name, parameter) of the adapter's parts 'a', 'b', 'head'."""
@@ -116,13 +141,20 @@ class ResidentModel:
             digest.update(self._base[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def fit(self, adapter: Adapter, where: str) -> Adapter:
-        """`adapter`, which came from elsewhere, as one for this model; `DataError` naming `where` if it is not."""
+    def fit(self, adapter: Adapter, where: str, any_rank: bool = False) -> Adapter:
+        """`adapter`, which came from elsewhere, as one for this model; `DataError` naming `where` if it is not.
+
+        With `any_rank` its ranks and scales may be others than the recipe's, as they are of one that holds a change of
+        the base model; it can then be scored but not trained on.
+        """
         mine = self.read()
+        form = _at_ranks_of(mine, adapter) if any_rank else mine
         try:
-            same_form(adapter, mine, who=where)
+            same_form(adapter, form, who=where)
         except ValueError as problem:
             raise DataError(f"{problem} (the model with the recipe's lora settings)") from None
+        if any_rank:
+            return replace(adapter.map(lambda t: t.to(torch.float32)), config=mine.config)
         for name, pair in mine.layers.items():
             if abs(adapter.layers[name].scale - pair.scale) > 1e-9 * pair.scale:
                 raise DataError(
@@ -131,6 +163,16 @@ class ResidentModel:
                 )
         filled = mine.with_tensors({n: t.to(torch.float32) for n, t in adapter.tensors()})
         return replace(filled, config=mine.config)
+
+
+def _at_ranks_of(form: Adapter, other: Adapter) -> Adapter:
+    """`form` with the ranks of `other` where it has the layer: what is left to compare are names and outer shapes."""
+    layers = {}
+    for name, pair in form.layers.items():
+        rank = other.layers[name].rank if name in other.layers else pair.rank
+        a, b = pair.a.new_zeros(rank, pair.a.shape[1]), pair.b.new_zeros(pair.b.shape[0], rank)
+        layers[name] = replace(pair, a=a, b=b)
+    return replace(form, layers=layers)
 
 
 def model_path(settings: ModelSettings) -> str:

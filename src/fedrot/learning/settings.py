@@ -1,5 +1,6 @@
 """Settings of the learning floor: plain frozen records that import nothing heavy."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,8 @@ class LoraSettings:
 
     rank: int = 4
     """Rank r of every adapted layer."""
+    ranks: dict[str, int] | None = None
+    """Smaller ranks of single clients, e.g. {site-a: 4}; the others have `rank`. Null: all alike."""
     alpha: float | None = None
     """LoRA alpha; the update is scaled by alpha / r (rsLoRA: alpha / sqrt(r)). Null is 2 r."""
     dropout: float = 0.05
@@ -32,6 +35,11 @@ class LoraSettings:
     """Scale by alpha / sqrt(r) instead of alpha / r."""
     head: Literal["shared", "personal", "frozen"] = "shared"
     """The classification head: trained and averaged; trained and kept by each client; or left at its start."""
+
+    def scale(self, rank: int) -> float:
+        """The factor of B A at this rank."""
+        alpha = 2.0 * rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,11 @@ class LocalSettings:
     """Passes over the client's examples a round. Give this or steps."""
     clip: float | None = 1.0
     """Largest norm of a step's gradient; null: no clipping."""
+    prox: float = 0.0
+    """FedProx (arXiv 1812.06127): mu of the term mu / 2 ||x - x_start||^2 that holds a client near the broadcast."""
+    scaffold: bool = False
+    """SCAFFOLD (arXiv 1910.06378): control variates correct every client's gradients for its drift; they travel as a
+    second adapter, so traffic doubles."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of forward and backward: float32, or autocast to bfloat16 with float32 factors."""
 

@@ -50,6 +50,8 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
             ("adapter", broadcast.adapter),
             ("reference", broadcast.reference),
             ("base_delta", broadcast.base_delta),
+            ("base_step", broadcast.base_step),
+            ("variate", broadcast.variate),
         )
         if adapter is not None
     }
@@ -131,7 +133,7 @@ def _load(folder: Path) -> Checkpoint:
         if folder.name != _name(state["rounds"]):
             raise ValueError("it is that of another round")
         roles = {role: _unpack(form, role, tensors) for role, form in forms.items()}
-        broadcast = Broadcast(state["rounds"], roles["adapter"], roles.get("reference"), roles.get("base_delta"))
+        broadcast = Broadcast(state["rounds"], **roles)
         states = {client: _below(f"client/{number}/", tensors) for number, client in enumerate(clients)}
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise RunError(f"{folder / _STATE}: the checkpoint is damaged ({problem})") from None

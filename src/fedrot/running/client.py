@@ -1,22 +1,27 @@
 """A client's half of a round: begin, train locally, turn, and upload. Alike in simulation and deployment."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from fedrot.core.adapter import Adapter
+from fedrot.core.adapter import Adapter, part_of
+from fedrot.core.alignment import Rotations, rotate
 from fedrot.core.diagnostics import measured
 from fedrot.core.drift import client_drift
 from fedrot.core.methods.base import Broadcast, ClientState, Method, Seat, Upload
+from fedrot.core.ranks import cut, pad
 from fedrot.core.seeding import generator
 from fedrot.learning.encoding import Encoded
 from fedrot.learning.local import train_local
 from fedrot.learning.models import ResidentModel
 from fedrot.running.recipe import Recipe
 
-HEAD, METHOD = "head/", "method/"  # prefixes of what a client keeps
+HEAD, METHOD, VARIATE = "head/", "method/", "variate/"  # prefixes of what a client keeps
 
 
 @dataclass(frozen=True)
@@ -28,52 +33,119 @@ class ClientData:
     indices: NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Round:
+    """What a client made of a round."""
+
+    upload: Upload
+    kept: ClientState
+    trained: Adapter  # its factors before the method made an upload of them, at the global rank
+
+
 def client_round(
     client: ClientData,
     broadcast: Broadcast,
     state: ClientState,
     recipe: Recipe,
     model: ResidentModel,
-) -> tuple[Upload, ClientState]:
+) -> Round:
     """One client's work in one round, and what it keeps for the next.
 
     Raises `LocalFailure` when local training gives nothing usable; the client's state is then as it was.
     """
     method: Method = recipe.method
     key = (recipe.seed, broadcast.round, client.name)
-    seat = Seat(client.name, {n.removeprefix(METHOD): t for n, t in state.items() if n.startswith(METHOD)})
+    seat = Seat(client.name, _below(METHOD, state))
     start = with_own_head(method.begin(broadcast, seat), state)
-    parts = method.trainable(broadcast.round) - ({"head"} if recipe.lora.head == "frozen" else set())
+    trained_parts = method.trainable(broadcast.round) - ({"head"} if recipe.lora.head == "frozen" else set())
+    parts = travelling_parts(recipe, broadcast.round)
+    rank = (recipe.lora.ranks or {}).get(client.name, recipe.lora.rank)
+    frames = method.narrow(start, rank) if rank != recipe.lora.rank else None
+    variate = _Variate.of(broadcast, state) if recipe.local.scaffold else None
 
     began = time.perf_counter()
-    local = train_local(model, start, client.data, client.indices, recipe.local, parts, key)
-    trained = time.perf_counter()
-    result = method.client(local.adapter, broadcast, seat, generator(*key, "method"))
+    first = cut(start, frames, recipe.lora.scale(rank)) if frames else start
+    correction = variate.correction() if variate else None
+    local = train_local(model, first, client.data, client.indices, recipe.local, trained_parts, key, correction)
+    trained = pad(local.adapter, frames, start) if frames else local.adapter
+    ended = time.perf_counter()
+    result = method.client(trained, broadcast, seat, generator(*key, "method"))
     aligned = time.perf_counter()
     wanted = measured(recipe.diagnostics, broadcast.round)
-    drift = client_drift(local.adapter, broadcast.adapter, result.rotation) if wanted else {}
+    drift = client_drift(trained, start, result.rotation) if wanted else {}
     done = time.perf_counter()
 
     kept = {METHOD + name: tensor for name, tensor in result.state.items()}
-    adapter = result.adapter
     if recipe.lora.head == "personal":
-        kept |= {HEAD + name: tensor for name, tensor in local.adapter.head.items()}
-    if recipe.lora.head != "shared":
-        adapter = replace(adapter, head=broadcast.adapter.head)
+        kept |= {HEAD + name: tensor for name, tensor in trained.head.items()}
+    change = None
+    if variate:
+        own, change = variate.after(local.gradient, result.rotation, parts)
+        kept |= {VARIATE + name: tensor for name, tensor in own.items()}
     upload = Upload(
         client=client.name,
-        adapter=adapter,
+        adapter=only_travelling(result.adapter, broadcast.adapter, parts),
         held=len(client.indices),
         used=local.used,
         rotation=result.rotation,
         metrics={"loss": local.loss, "steps": local.steps, "tokens": local.tokens},
         layers=drift,
-        seconds={"train": trained - began, "align": aligned - trained, "diagnose": done - aligned},
+        seconds={"train": ended - began, "align": aligned - ended, "diagnose": done - aligned},
+        variate=change,
     )
-    return upload, kept
+    return Round(upload, kept, trained)
+
+
+def travelling_parts(recipe: Recipe, round: int) -> frozenset[str]:
+    """The parts of the adapter that clients upload in this round."""
+    return recipe.method.uploads(round) - (frozenset() if recipe.lora.head == "shared" else {"head"})
+
+
+def only_travelling(adapter: Adapter, broadcast: Adapter, parts: frozenset[str]) -> Adapter:
+    """`adapter` with the broadcast's own tensors where they do not travel."""
+    sent = {name: tensor for name, tensor in adapter.tensors() if part_of(name) in parts}
+    return broadcast.with_tensors(dict(broadcast.tensors()) | sent)
 
 
 def with_own_head(adapter: Adapter, state: ClientState) -> Adapter:
     """The adapter with the client's own head, where it keeps one."""
-    own = {name.removeprefix(HEAD): tensor for name, tensor in state.items() if name.startswith(HEAD)}
+    own = _below(HEAD, state)
     return replace(adapter, head=own) if own else adapter
+
+
+def own_model(recipe: Recipe, broadcast: Broadcast, client: str, state: ClientState) -> Adapter:
+    """The adapter that a client would use itself: the broadcast's, with what it keeps put in."""
+    return with_own_head(recipe.method.begin(broadcast, Seat(client, _below(METHOD, state))), state)
+
+
+def _below(prefix: str, state: ClientState) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+@dataclass(frozen=True)
+class _Variate:
+    """SCAFFOLD's control variates, by flat tensor name, in the frame of the broadcast."""
+
+    server: Mapping[str, Tensor]  # c
+    own: Mapping[str, Tensor]  # c_i
+    form: Adapter
+
+    @classmethod
+    def of(cls, broadcast: Broadcast, state: ClientState) -> "_Variate":
+        """Zero before anything is known."""
+        zero = broadcast.adapter.map(torch.zeros_like)
+        own = dict(zero.tensors()) | _below(VARIATE, state)
+        return cls(dict((broadcast.variate or zero).tensors()), own, broadcast.adapter)
+
+    def correction(self) -> dict[str, Tensor]:
+        """What is added to every gradient: c - c_i."""
+        return {name: c - self.own[name] for name, c in self.server.items()}
+
+    def after(
+        self, gradient: Mapping[str, Tensor], rotation: Rotations, parts: frozenset[str]
+    ) -> tuple[dict[str, Tensor], Adapter]:
+        """(c_i+, c_i+ - c_i): the mean gradient of the steps, turned as the factors were; others stay."""
+        filled = self.form.with_tensors(dict(self.own) | dict(gradient))
+        turned = dict((rotate(filled, rotation) if rotation else filled).tensors())
+        fresh = {n: turned[n] if n in gradient and part_of(n) in parts else c for n, c in self.own.items()}
+        return fresh, self.form.with_tensors({n: t - self.own[n] for n, t in fresh.items()})

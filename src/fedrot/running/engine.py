@@ -30,8 +30,11 @@ class Engine(Protocol):
     def settle(self, accepted: Collection[str]) -> None:
         """The uploads of these clients went into the round; what a dropped client would have kept is forgotten."""
 
-    def evaluate(self, adapter: Adapter, split: str, limit: int | None = None) -> Evaluation:
-        """Score the global adapter, or each client's own model where heads are personal, on at most `limit` rows."""
+    def answer(self, question: Adapter, clients: Sequence[str]) -> Iterator[Upload | Failure]:
+        """The second phase of a round, for the methods that have one, by clients whose upload was accepted."""
+
+    def evaluate(self, broadcast: Broadcast, split: str, limit: int | None = None) -> Evaluation:
+        """Score the global model, or each client's own where models are personal, on at most `limit` rows."""
 
     def states(self) -> Mapping[str, ClientState]:
         """What the clients in this process keep between rounds, for the checkpoint."""

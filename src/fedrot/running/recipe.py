@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from fedrot.core.errors import RecipeError
-from fedrot.core.methods import Method, get_method
+from fedrot.core.errors import RecipeError, choices
+from fedrot.core.methods import Method, get_method, methods
 from fedrot.core.methods.rotation import FedRot
-from fedrot.core.settings import CheckSettings, DiagnosticsSettings
+from fedrot.core.settings import CheckSettings, DiagnosticsSettings, ServerSettings
 from fedrot.learning.settings import (
     DataSettings,
     EvaluationSettings,
@@ -44,6 +44,7 @@ class Recipe:
     local: LocalSettings = field(default_factory=LocalSettings)
     federation: FederationSettings = field(default_factory=FederationSettings)
     method: Method = field(default_factory=FedRot)
+    server: ServerSettings = field(default_factory=ServerSettings)
     checks: CheckSettings = field(default_factory=CheckSettings)
     diagnostics: DiagnosticsSettings = field(default_factory=DiagnosticsSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
@@ -87,6 +88,7 @@ SECTIONS: dict[str, type] = {
     "partition": PartitionSettings,
     "local": LocalSettings,
     "federation": FederationSettings,
+    "server": ServerSettings,
     "checks": CheckSettings,
     "diagnostics": DiagnosticsSettings,
     "evaluation": EvaluationSettings,
@@ -121,6 +123,8 @@ def _rules(r: Recipe) -> Iterator[tuple[str, bool, str]]:
     yield "rounds", r.rounds >= 1, "at least 1"
     yield "threads", r.threads is None or 1 <= r.threads <= 1024, "from 1 to 1024, or null"
     yield "lora.rank", 1 <= r.lora.rank <= 4096, "from 1 to 4096"
+    ranks = (r.lora.ranks or {}).values()
+    yield "lora.ranks", all(1 <= rank <= r.lora.rank for rank in ranks), f"from 1 to lora.rank, {r.lora.rank}, each"
     yield "lora.alpha", r.lora.alpha is None or 0 < r.lora.alpha < inf, "positive, or null"
     yield "lora.dropout", 0 <= r.lora.dropout < 1, "in [0, 1)"
     yield "data.holdout", 0 < r.data.holdout < 1, "between 0 and 1"
@@ -137,6 +141,11 @@ def _rules(r: Recipe) -> Iterator[tuple[str, bool, str]]:
     yield "local.steps", r.local.steps is None or r.local.steps >= 1, "at least 1, or null"
     yield "local.epochs", r.local.epochs is None or 0 < r.local.epochs < inf, "positive, or null"
     yield "local.clip", r.local.clip is None or 0 < r.local.clip < inf, "positive, or null"
+    yield "local.prox", 0 <= r.local.prox < inf, "at least 0"
+    yield "server.lr", r.server.lr is None or 0 < r.server.lr < inf, "positive, or null"
+    yield "server.beta1", 0 <= r.server.beta1 < 1, "in [0, 1)"
+    yield "server.beta2", 0 <= r.server.beta2 < 1, "in [0, 1)"
+    yield "server.epsilon", 0 < r.server.epsilon < inf, "positive"
     yield "federation.participation", 0 < r.federation.participation <= 1, "in (0, 1]"
     yield "federation.quorum", 0 < r.federation.quorum <= 1, "in (0, 1]"
     yield "checks.max_norm", r.checks.max_norm is None or 0 < r.checks.max_norm < inf, "positive, or null"
@@ -165,12 +174,48 @@ def _cross_checks(r: Recipe) -> None:
         raise RecipeError("data.group: name the column that partition.kind column divides by")
     if r.partition.kind in ("iid", "dirichlet") and r.partition.clients is None:
         raise RecipeError(f"partition.clients: give the number of clients (kind {r.partition.kind})")
-    needs = r.method.capabilities
-    # What this version's engine cannot give a method yet; a method that asks for it is refused here, not mid-run.
-    for wanted, what in (
-        (needs.changes_base, "a base model that changes between rounds"),
-        (needs.mixed_ranks, "clients of different rank"),
-        (needs.second_phase, "a second phase in a round"),
+    _method_checks(r)
+
+
+def _method_checks(r: Recipe) -> None:
+    """Refuse what the method cannot do, with the methods that can."""
+    has = r.method.capabilities
+    half = r.model.dtype != "float32" and not getattr(r.method, "dequantize", False)
+    for asked, key, can, why in (
+        (bool(r.lora.ranks), "lora.ranks", lambda c: c.mixed_ranks, "takes clients of one rank only"),
+        (
+            r.server.optimizer != "none",
+            "server.optimizer",
+            lambda c: c.steps,
+            "sends what it made itself, not an averaged change",
+        ),
+        (
+            r.local.scaffold,
+            "local.scaffold",
+            lambda c: c.variates,
+            "does not keep the frame or the parameters that control variates belong to",
+        ),
+        (
+            r.checks.max_norm is not None,
+            "checks.max_norm",
+            lambda c: not c.second_phase,
+            "uploads sketches, whose norm says nothing about the update",
+        ),
+        (
+            has.changes_base and half,
+            "model.dtype",
+            lambda c: not c.changes_base,
+            f"changes the base weights, which {r.model.dtype} would round away; set method.dequantize, or model.dtype "
+            "float32",
+        ),
     ):
-        if wanted:
-            raise RecipeError(f"method.name: {r.method.name} needs {what}, which the simulation does not offer")
+        if asked and not can(has):
+            others = choices(n for n, m in methods().items() if can(m.capabilities) and not m.capabilities.control)
+            raise RecipeError(f"{key}: method {r.method.name} {why}; methods that work: {others}")
+    if r.local.scaffold and (r.lora.ranks or r.server.optimizer != "none"):
+        raise RecipeError("local.scaffold: it goes with neither lora.ranks nor server.optimizer")
+    if has.pooled and (r.lora.head == "personal" or r.federation.participation != 1):
+        raise RecipeError(
+            f"method.name: {r.method.name} has one client, which holds everything; set lora.head shared and "
+            "federation.participation 1"
+        )

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 from fedrot.core.errors import RecipeError, choices
 from fedrot.core.methods import Method, get_method, methods
 from fedrot.core.methods.rotation import FedRot
-from fedrot.running.recipe import SECTIONS, Recipe, flatten, value_at
+from fedrot.running.recipe import SECTIONS, Recipe, flatten
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -198,8 +198,12 @@ def describe(kind: Any) -> str:
 
 def changed_key(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """(key, old value, new value) of the first difference between two resolved recipes, or None."""
-    keys = [*flatten(old), *(key for key in flatten(new) if key not in flatten(old))]
-    for key in keys:
-        if value_at(old, key) != value_at(new, key):
-            return key, value_at(old, key), value_at(new, key)
+    for key in dict.fromkeys([*old, *new]):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            for inner in dict.fromkeys([*before, *after]):
+                if before.get(inner) != after.get(inner):
+                    return f"{key}.{inner}", before.get(inner), after.get(inner)
+        elif before != after:
+            return key, before, after
     return None

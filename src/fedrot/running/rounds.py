@@ -3,22 +3,24 @@
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
 from fedrot.core.adapter import Adapter
 from fedrot.core.checks import RejectedUpload, check_upload
-from fedrot.core.diagnostics import Observer, observer
-from fedrot.core.drift import summarise_drift
+from fedrot.core.diagnostics import Observer, measured, observer
 from fedrot.core.errors import RunError
-from fedrot.core.methods.base import ALL_PARTS, Broadcast, ServerState, Upload
+from fedrot.core.methods.base import Broadcast, Reduced, ServerState, Upload
 from fedrot.core.reduce import Reduction
 from fedrot.core.seeding import generator, seed_of
+from fedrot.core.server_opt import PREFIX, server_step
 from fedrot.running.checkpoint import Checkpoint
+from fedrot.running.client import travelling_parts
 from fedrot.running.engine import Engine, Failure
 from fedrot.running.recipe import Recipe
+from fedrot.running.records import Seen, add_diagnostics, broadcast_bytes, outcome_of, round_record
 
 
 class Watcher(Protocol):
@@ -44,25 +46,17 @@ class Store(Protocol):
         """Keep a finished round; durable when this returns."""
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What is kept of an upload once its tensors are in the sum: memory does not grow with the clients' adapters."""
-
-    weight: float
-    used: int
-    metrics: Mapping[str, float]
-    layers: Mapping[str, Mapping[str, float]]
-
-
 @dataclass
 class Collected:
     """A round's uploads after checks, reduced, with what was seen on the way."""
 
     reduction: Reduction
     observer: Observer | None
+    variates: Reduction | None = None
     uploads: dict[str, Seen] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     bytes_up: int = 0
+    bytes_down: int = 0  # of a second phase
     seconds: dict[str, float] = field(default_factory=dict)
 
     def spend(self, phase: str, since: float) -> None:
@@ -99,19 +93,78 @@ def play_round(
             f"round {number}: {len(collected.uploads)} of {len(drawn)} uploads were usable, the quorum is {needed} "
             f"(federation.quorum); the last good state is kept; dropped: {dropped}"
         )
-    engine.settle(collected.uploads.keys())
     since = time.perf_counter()
-    state = recipe.method.server(state, collected.reduction.result())
+    reduced = collected.reduction.result()
+    if recipe.method.capabilities.second_phase:
+        reduced = replace(reduced, answer=_second_phase(recipe, engine, state, reduced, collected))
+    engine.settle(collected.uploads.keys())
+    state = serve(recipe, state, reduced)
+    if collected.variates is not None:
+        share = collected.variates.count / len(engine.clients)
+        variate = next_variate(broadcast, collected.variates.result().mean, share)
+        state = replace(state, broadcast=replace(state.broadcast, variate=variate))
     collected.spend("aggregate", since)
-    record = _record(recipe, broadcast, drawn, collected)
+    shared_head = recipe.lora.head == "shared"
+    down = broadcast_bytes(broadcast, shared_head) * len(drawn) + collected.bytes_down
+    record = round_record(broadcast, drawn, collected.uploads, collected.dropped, down, collected.bytes_up)
+    if measured(recipe.diagnostics, number):
+        since = time.perf_counter()
+        # A server optimizer goes elsewhere on purpose: there is no error in that.
+        sent = outcome_of(state.broadcast) if recipe.server.optimizer == "none" else ()
+        errors = collected.observer.result(sent) if collected.observer is not None else None
+        add_diagnostics(record, errors, collected.uploads)
+        collected.spend("diagnose", since)
     if (number + 1) % recipe.evaluation.every == 0 or number + 1 == recipe.rounds:
         since = time.perf_counter()
         watcher.evaluating(recipe.evaluation.split)
-        scores = engine.evaluate(state.broadcast.adapter, recipe.evaluation.split, recipe.evaluation.limit)
+        scores = engine.evaluate(state.broadcast, recipe.evaluation.split, recipe.evaluation.limit)
         record["evaluation"] = scores.record()
         collected.spend("evaluate", since)
     record["seconds"] = {**collected.seconds, "round": time.perf_counter() - began}
     return state, record
+
+
+def serve(recipe: Recipe, state: ServerState, reduced: Reduced) -> ServerState:
+    """The server's half of a round: the optimizer on the average's change, then the method."""
+    number, old = state.broadcast.round, state.broadcast.adapter
+    moments = {name: t for name, t in state.memory.items() if name.startswith(PREFIX)}
+    own = {name: t for name, t in state.memory.items() if name not in moments}
+    parts = recipe.method.trainable(number) & travelling_parts(recipe, number)
+    mean, moments = server_step(recipe.server, old, reduced.mean, parts, moments)
+    rng = generator(recipe.seed, number, "server")
+    state = recipe.method.server(ServerState(state.broadcast, own), replace(reduced, mean=mean), rng)
+    return ServerState(state.broadcast, {**state.memory, **moments})
+
+
+def next_variate(broadcast: Broadcast, change: Adapter, share: float) -> Adapter:
+    """SCAFFOLD's c + |S| / N mean(c_i+ - c_i), over the |S| clients of the round, of N."""
+    zero = broadcast.adapter.map(torch.zeros_like)
+    old = dict((broadcast.variate or zero).tensors())
+    return zero.with_tensors({name: old[name] + share * t for name, t in change.tensors()})
+
+
+def _second_phase(
+    recipe: Recipe, engine: Engine, state: ServerState, reduced: Reduced, collected: Collected
+) -> Adapter:
+    """The mean of the answers of the clients whose uploads are in `reduced`, with the weights that they had there."""
+    question = recipe.method.ask(state, reduced)
+    clients = sorted(collected.uploads)
+    answers = Reduction(question, frozenset({"a"}))
+    for result in in_order(engine.answer(question, clients), clients):
+        if isinstance(result, Failure):
+            collected.dropped[result.client] = f"second phase: {result.reason}"
+            continue
+        try:
+            check_upload(result, question, replace(recipe.checks, max_norm=None))
+        except RejectedUpload as problem:
+            collected.dropped[result.client] = f"second phase: {problem}"
+            continue
+        answers.add(result.adapter, collected.uploads[result.client].weight)
+        collected.bytes_up += result.adapter.bytes(frozenset({"a"}))
+    if not answers.count:
+        raise RunError(f"round {state.broadcast.round}: no answer of the second phase was usable")
+    collected.bytes_down += question.bytes(frozenset({"b"})) * len(clients)
+    return answers.result().mean
 
 
 def draw_clients(clients: Sequence[str], participation: float, seed: int, round: int) -> list[str]:
@@ -151,15 +204,21 @@ def collect(
 ) -> Collected:
     """Check every result and fold the good ones in, one at a time; what is dropped is noted with its reason."""
     parts = travelling_parts(recipe, broadcast.round)
+    needs = recipe.method.capabilities
+    # Only uploads that are the clients' factors say what averaging them loses.
+    watched = not (needs.personal or needs.second_phase)
     collected = Collected(
-        Reduction(broadcast.adapter, parts, keep=recipe.method.capabilities.reduction == "factors"),
-        observer(recipe.diagnostics, broadcast.round, asked, seed_of(recipe.seed, broadcast.round)),
+        Reduction(broadcast.adapter, parts, keep=needs.reduction == "factors"),
+        observer(recipe.diagnostics, broadcast.round, asked, seed_of(recipe.seed, broadcast.round))
+        if watched
+        else None,
+        Reduction(broadcast.adapter, parts) if recipe.local.scaffold else None,
     )
     for result in results:
         reason = _take_in(recipe, broadcast.adapter, result, collected)
         if reason is None and isinstance(result, Upload):
             rotation = sum(r.numel() * r.element_size() for r in result.rotation.values())
-            collected.bytes_up += result.adapter.bytes(parts) + rotation
+            collected.bytes_up += result.adapter.bytes(parts) * (1 if result.variate is None else 2) + rotation
         watcher.client_done(result.client, reason)
     return collected
 
@@ -171,7 +230,7 @@ def _take_in(recipe: Recipe, form: Adapter, result: Upload | Failure, collected:
         return result.reason
     since = time.perf_counter()
     try:
-        check_upload(result, form, recipe.checks)
+        check_upload(result, form, recipe.checks, variate=collected.variates is not None)
     except RejectedUpload as problem:
         collected.dropped[result.client] = str(problem)
         return str(problem)
@@ -179,6 +238,8 @@ def _take_in(recipe: Recipe, form: Adapter, result: Upload | Failure, collected:
     since = time.perf_counter()
     weight = weight_of(result, recipe)
     collected.reduction.add(result.adapter, weight)
+    if collected.variates is not None and result.variate is not None:
+        collected.variates.add(result.variate, 1.0)
     collected.spend("aggregate", since)
     since = time.perf_counter()
     if collected.observer is not None:
@@ -190,50 +251,7 @@ def _take_in(recipe: Recipe, form: Adapter, result: Upload | Failure, collected:
     return None
 
 
-def travelling_parts(recipe: Recipe, round: int) -> frozenset[str]:
-    """The parts of the adapter that clients upload in this round."""
-    return recipe.method.uploads(round) - (frozenset() if recipe.lora.head == "shared" else {"head"})
-
-
 def weight_of(upload: Upload, recipe: Recipe) -> float:
-    """An upload's weight by the recipe's rule; positive for every upload that passed the checks."""
-    return {"held": float(upload.held), "used": float(upload.used), "uniform": 1.0}[recipe.federation.weighting]
-
-
-def _record(recipe: Recipe, broadcast: Broadcast, drawn: Sequence[str], collected: Collected) -> dict[str, Any]:
-    """A round's line of metrics.jsonl, but for evaluation and seconds."""
-    uploads = collected.uploads
-    total = sum(u.weight for u in uploads.values())
-    down_parts = ALL_PARTS - (set() if recipe.lora.head == "shared" else {"head"})
-    down = broadcast.adapter.bytes(down_parts)
-    down += sum(extra.bytes(down_parts) for extra in (broadcast.reference, broadcast.base_delta) if extra is not None)
-    record: dict[str, Any] = {
-        "round": broadcast.round,
-        "clients": {"drawn": len(drawn), "used": sorted(uploads), "dropped": collected.dropped},
-        "train": {
-            "loss": sum(u.weight * u.metrics["loss"] for u in uploads.values()) / total,
-            "rows": sum(u.used for u in uploads.values()),
-            "tokens": sum(u.metrics["tokens"] for u in uploads.values()),
-            "loss_by_client": {name: u.metrics["loss"] for name, u in uploads.items()},
-        },
-        "bytes": {"down": down * len(drawn), "up": collected.bytes_up},
-    }
-    if collected.observer is not None:
-        since = time.perf_counter()
-        errors = collected.observer.result()
-        record["aggregation"] = {**errors.totals(), "layers": errors.layers}
-        record["drift"] = summarise_drift({name: u.layers for name, u in uploads.items()})
-        record["drift"]["layers"] = _drift_by_layer(uploads)
-        collected.spend("diagnose", since)
-    return record
-
-
-def _drift_by_layer(uploads: Mapping[str, Seen]) -> dict[str, dict[str, float]]:
-    """The mean over clients of every layer's drift numbers."""
-    reports = [upload.layers for upload in uploads.values() if upload.layers]
-    if not reports:
-        return {}
-    return {
-        layer: {key: sum(report[layer][key] for report in reports) / len(reports) for key in values}
-        for layer, values in reports[0].items()
-    }
+    """An upload's weight by the method's rule or the recipe's; positive for every upload that passed the checks."""
+    rule = recipe.method.weighting or recipe.federation.weighting
+    return {"held": float(upload.held), "used": float(upload.used), "uniform": 1.0}[rule]

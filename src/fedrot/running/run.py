@@ -9,12 +9,13 @@ import torch
 
 from fedrot.core.errors import RunError
 from fedrot.core.methods.base import ServerState
+from fedrot.core.products import joined
 from fedrot.running.checkpoint import Checkpoint, load_latest, save_checkpoint, saved_rounds
 from fedrot.running.folder import RunFolder
 from fedrot.running.prepare import Prepared, available_threads, first_adapter, prepare, versions
 from fedrot.running.recipe import Recipe
 from fedrot.running.rounds import Watcher, play
-from fedrot.running.simulation import Simulation
+from fedrot.running.simulation import Simulation, personal
 from fedrot.running.tracking import Trackers
 
 
@@ -99,16 +100,17 @@ def _begin(folder: RunFolder, prepared: Prepared) -> Checkpoint | None:
 
 def _finish(folder: RunFolder, recipe: Recipe, engine: Simulation, state: ServerState, watcher: Watcher) -> None:
     """Write the adapter, or one for each client with a head of its own, and the last scores."""
-    adapter = state.broadcast.adapter
     result: dict[str, Any] = {"rounds": recipe.rounds, "method": recipe.method.name}
     scored = [record["evaluation"] for record in folder.metrics() if "evaluation" in record]
     result["evaluation"] = scored[-1]
     if recipe.evaluation.final is not None:
         watcher.evaluating(recipe.evaluation.final)
-        result["final"] = engine.evaluate(adapter, recipe.evaluation.final).record()
-    adapter.save(folder.adapter)
-    if recipe.lora.head == "personal":
+        result["final"] = engine.evaluate(state.broadcast, recipe.evaluation.final).record()
+    # A change of the base comes back as extra rank, so that the adapter alone is the model.
+    extra = () if state.broadcast.base_delta is None else (state.broadcast.base_delta,)
+    joined(state.broadcast.adapter, *extra).save(folder.adapter)
+    if personal(recipe):
         for number, client in enumerate(engine.clients):
-            engine.personal(adapter, client).save(folder.path / "clients" / f"{number:03d}")
+            engine.own_model(state.broadcast, client).save(folder.path / "clients" / f"{number:03d}")
         folder.write_json("clients/names.json", {f"{n:03d}": name for n, name in enumerate(engine.clients)})
     folder.write_json("result.json", result)

@@ -33,7 +33,7 @@ def score_adapter(path: Path, recipe: Recipe, split: str | None, limit: int | No
     rows = chosen_rows(len(data), limit, recipe.seed, chosen)
     return evaluate(
         ready.model,
-        {"": ready.model.fit(adapter, where=str(path))},
+        {"": ready.model.fit(adapter, where=str(path), any_rank=True)},
         data,
         chosen,
         ready.partition.indices[chosen],

@@ -1,6 +1,9 @@
 """The embedded engine: every client in this process, one after the other, on one resident base model."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from fedrot.core.adapter import Adapter
 from fedrot.core.methods.base import Broadcast, ClientState, Upload
@@ -9,9 +12,11 @@ from fedrot.learning.evaluation import Evaluation, chosen_rows, evaluate
 from fedrot.learning.local import LocalFailure
 from fedrot.learning.models import ResidentModel
 from fedrot.learning.partition import Partition
-from fedrot.running.client import ClientData, client_round, with_own_head
+from fedrot.running.client import ClientData, Round, client_round, own_model
 from fedrot.running.engine import Failure
 from fedrot.running.recipe import Recipe
+
+EVERYONE = "everyone"  # the one client of centralised training
 
 
 class Simulation:
@@ -22,45 +27,64 @@ class Simulation:
     ) -> None:
         self._recipe, self._model, self._encoded, self._partition = recipe, model, encoded, partition
         self._states: dict[str, ClientState] = {}
-        self._pending: dict[str, ClientState] = {}  # of the round that runs, until its uploads are accepted
+        self._rounds: dict[str, Round] = {}  # of the round that runs, until its uploads are accepted
+        self._data = {
+            name: ClientData(name, encoded["train"], indices) for name, indices in partition.indices["train"].items()
+        }
+        if recipe.method.capabilities.pooled:
+            everything = np.sort(np.concatenate(list(partition.indices["train"].values())))
+            steps = recipe.local.steps and recipe.local.steps * len(partition.clients)
+            self._recipe = replace(recipe, local=replace(recipe.local, steps=steps))
+            self._data = {EVERYONE: ClientData(EVERYONE, encoded["train"], everything)}
 
     @property
     def clients(self) -> Sequence[str]:
         """Every client's name, sorted."""
-        return sorted(self._partition.clients)
+        return sorted(self._data)
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Upload | Failure]:
         """One round of local training, client after client."""
+        self._rounds = {}
+        self._model.change_base(broadcast.base_delta)
         for name in clients:
-            client = ClientData(name, self._encoded["train"], self._partition.indices["train"][name])
             state = self._states.get(name, {})
             try:
-                upload, kept = client_round(client, broadcast, state, self._recipe, self._model)
+                made = client_round(self._data[name], broadcast, state, self._recipe, self._model)
             except LocalFailure as problem:
                 yield Failure(name, str(problem))
                 continue
-            self._pending[name] = kept
-            yield upload
+            if not self._recipe.method.capabilities.second_phase:
+                made = replace(made, trained=Adapter({}))  # nobody will ask for it: memory stays that of one client
+            self._rounds[name] = made
+            yield made.upload
+            self._rounds[name] = replace(made, upload=replace(made.upload, adapter=Adapter({}), variate=None))
+
+    def answer(self, question: Adapter, clients: Sequence[str]) -> Iterator[Upload | Failure]:
+        """Every client's answer, from the factors that it trained in this round."""
+        for name in clients:
+            made = self._rounds[name]
+            yield replace(made.upload, adapter=self._recipe.method.answer(made.trained, question), rotation={})
 
     def settle(self, accepted: Collection[str]) -> None:
         """Keep what the accepted clients would keep; a client that was dropped stays as it was."""
-        self._states |= {name: kept for name, kept in self._pending.items() if name in accepted and kept}
-        self._pending = {}
+        self._states |= {name: made.kept for name, made in self._rounds.items() if name in accepted and made.kept}
+        self._rounds = {}
 
-    def evaluate(self, adapter: Adapter, split: str, limit: int | None = None) -> Evaluation:
-        """Score on fixed rows of the split; with personal heads, each client's rows by its own model."""
+    def evaluate(self, broadcast: Broadcast, split: str, limit: int | None = None) -> Evaluation:
+        """Score on fixed rows of the split; where models are personal, each client's rows by its own."""
         settings, data = self._recipe.evaluation, self._encoded[split]
         parts = self._partition.indices[split]
         rows = chosen_rows(len(data), limit, self._recipe.seed, split)
-        adapters = {"": adapter}
-        if self._recipe.lora.head == "personal":
-            adapters = {name: self.personal(adapter, name) for name in self.clients}
+        adapters = {"": broadcast.adapter}
+        if personal(self._recipe):
+            adapters = {name: self.own_model(broadcast, name) for name in self.clients}
+        self._model.change_base(broadcast.base_delta)
         precision = self._recipe.local.precision
         return evaluate(self._model, adapters, data, split, parts, rows, settings.batch, precision)
 
-    def personal(self, adapter: Adapter, client: str) -> Adapter:
-        """The global factors with the client's own head, where it keeps one."""
-        return with_own_head(adapter, self._states.get(client, {}))
+    def own_model(self, broadcast: Broadcast, client: str) -> Adapter:
+        """The adapter that a client would use itself."""
+        return own_model(self._recipe, broadcast, client, self._states.get(client, {}))
 
     def states(self) -> Mapping[str, ClientState]:
         """What the clients keep between rounds."""
@@ -69,3 +93,8 @@ class Simulation:
     def restore(self, states: Mapping[str, ClientState]) -> None:
         """Put back what `states` gave."""
         self._states = dict(states)
+
+
+def personal(recipe: Recipe) -> bool:
+    """Whether each client's model is its own, by its head or by the method."""
+    return recipe.lora.head == "personal" or recipe.method.capabilities.personal

@@ -16,8 +16,10 @@ from torch import Tensor
 from fedrot.core.adapter import Adapter
 from fedrot.core.alignment import Rotations
 from fedrot.core.errors import RecipeError, choices
+from fedrot.core.ranks import Frames, leading_frames
 
 ALL_PARTS = frozenset({"a", "b", "head"})
+Weighting = Literal["held", "used", "uniform"]
 ClientState = Mapping[str, Tensor]  # what a client keeps between rounds, by name
 
 
@@ -30,14 +32,42 @@ class Capabilities:
     server must see each client's own factors."""
     client_state: bool = False
     """Clients keep tensors of the method's between rounds."""
+    personal: bool = False
+    """Each client's model is its own: they are evaluated and exported by client, there is no one global model."""
+    pooled: bool = False
+    """All data in one place and one client that holds it: not federated, a reference line."""
     changes_base: bool = False
     """The broadcast carries a change of the base weights beside the adapter."""
-    mixed_ranks: bool = False
+    mixed_ranks: bool = True
     """Clients may train at different ranks."""
     second_phase: bool = False
-    """The server asks the clients a second question in the same round."""
+    """The server asks the clients a second question in the same round, and uploads are not the clients' factors."""
+    server_optimizer: bool = True
+    """The averaged change may go through a server optimizer; only where the reduction is 'sum'."""
     standalone: bool = True
     """Makes sense on adapters alone, without a training round: offered by `fedrot.aggregate`."""
+    control: bool = False
+    """A control of an experiment, not meant to be good."""
+
+    @property
+    def steps(self) -> bool:
+        """A server optimizer can step on its averaged change."""
+        return self.reduction == "sum" and self.server_optimizer
+
+    @property
+    def variates(self) -> bool:
+        """SCAFFOLD's control variates keep their meaning: one frame and one set of parameters for all rounds."""
+        return self.reduction == "sum" and not (self.second_phase or self.personal or self.pooled)
+
+    def takes(self) -> list[str]:
+        """What can be combined with it, in short words."""
+        offers = {
+            "ranks": self.mixed_ranks,
+            "opt": self.steps,
+            "variates": self.variates,
+            "merge": self.standalone,
+        }
+        return [word for word, can in offers.items() if can]
 
 
 @dataclass(frozen=True)
@@ -47,7 +77,9 @@ class Broadcast:
     round: int
     adapter: Adapter  # the global factors and head to train from
     reference: Adapter | None = None  # what to align to, where it is not `adapter` itself
-    base_delta: Adapter | None = None  # low-rank change of the base weights to fold in before training
+    base_delta: Adapter | None = None  # all change of the base weights so far, low-rank
+    base_step: Adapter | None = None  # the part of it that is new: what travels to a client that has the rest
+    variate: Adapter | None = None  # SCAFFOLD's control variate of the server, in the adapter's form
 
     @property
     def frame(self) -> Adapter:
@@ -69,7 +101,6 @@ class Seat:
 
     name: str
     state: ClientState = field(default_factory=dict)
-    rank: int | None = None  # where ranks differ by client
 
 
 @dataclass(frozen=True)
@@ -93,6 +124,7 @@ class Upload:
     metrics: Mapping[str, float] = field(default_factory=dict)
     layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # layer -> drift, angle, ...
     seconds: Mapping[str, float] = field(default_factory=dict)  # phase -> time spent at the client
+    variate: Adapter | None = None  # SCAFFOLD: the change of the client's control variate
 
 
 @dataclass(frozen=True)
@@ -102,6 +134,7 @@ class Reduced:
     mean: Adapter  # sum_i p_i x_i for every tensor x that travelled; the broadcast's own for the others
     count: int
     factors: tuple[tuple[float, Adapter], ...] = ()  # (p_i, adapter_i), p_i summing to one
+    answer: Adapter | None = None  # of the second phase, its mean
 
 
 @dataclass(frozen=True)
@@ -116,6 +149,7 @@ class Method:
     paper: ClassVar[str] = ""
     capabilities: ClassVar[Capabilities] = Capabilities()
     needs_reference: ClassVar[bool] = False  # cannot aggregate without a frame to align to
+    weighting: ClassVar[Weighting | None] = None  # a rule of its own, whatever the recipe says
 
     @classmethod
     def standalone(cls, **settings: Any) -> "Method":
@@ -142,7 +176,19 @@ class Method:
         """What the client sends of its trained adapter, and what it keeps."""
         return ClientResult(local, state=seat.state)
 
-    def server(self, state: ServerState, reduced: Reduced) -> ServerState:
+    def narrow(self, adapter: Adapter, rank: int) -> Frames:
+        """The frame, by layer, in which a client of a smaller rank takes its part of the adapter."""
+        return leading_frames(adapter, rank)
+
+    def ask(self, state: ServerState, reduced: Reduced) -> Adapter:
+        """Second phase: the server's question, in the adapter's form, from the first phase's mean."""
+        raise NotImplementedError(f"{self.name} has no second phase")
+
+    def answer(self, local: Adapter, question: Adapter) -> Adapter:
+        """Second phase: a client's answer, in the adapter's form, from its trained factors; reduced as a mean."""
+        raise NotImplementedError(f"{self.name} has no second phase")
+
+    def server(self, state: ServerState, reduced: Reduced, rng: torch.Generator) -> ServerState:
         """The next state, whose broadcast opens the next round."""
         return ServerState(Broadcast(round=state.broadcast.round + 1, adapter=reduced.mean), state.memory)
 

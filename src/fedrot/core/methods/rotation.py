@@ -6,11 +6,19 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from fedrot.core.adapter import Adapter
-from fedrot.core.alignment import Factor, check_strength, find_rotations, rotate, same_layers
+from fedrot.core.alignment import (
+    Factor,
+    Softening,
+    Strength,
+    check_strength,
+    find_rotations,
+    rotate,
+    same_layers,
+)
 from fedrot.core.errors import RecipeError, choices
 from fedrot.core.methods.base import Broadcast, Capabilities, ClientResult, Method, Seat, register
 
-Schedule = Literal["alternate", "A", "B"]
+Schedule = Literal["alternate", "A", "B", "joint"]
 
 
 @register
@@ -23,7 +31,7 @@ class FedRot(Method):
 
     Deviations: hard and soft rotations are both in SO(r) (the published code's hard path is in O(r)); rotations are
     found in float64 and applied in float32 or better; directions in which the correlation holds nothing but rounding
-    are left as they are.
+    are left as they are. `joint`, `regularised`, `guard` and `auto` are not the paper's; the defaults are.
     """
 
     name: ClassVar[str] = "fedrot"
@@ -31,25 +39,34 @@ class FedRot(Method):
     needs_reference: ClassVar[bool] = True
     capabilities: ClassVar[Capabilities] = Capabilities(reduction="sum")
 
-    strength: float = 0.4
-    """How far to turn, in [0, 1]: 0 is FedIT, 1 the full rotation. The paper found 0.4 to 0.6 best mostly."""
+    strength: Strength = 0.4
+    """How far to turn, in [0, 1]: 0 is FedIT, 1 the full rotation. The paper found 0.4 to 0.6 best mostly. auto: as far
+    as brings both factors together nearest to the broadcast, layer by layer, under the guard."""
     factor: Schedule = "alternate"
-    """Which factor is matched: 'alternate' is A in odd and B in even rounds (the paper's), 'A' or 'B' only that one."""
+    """Which factor is matched: 'alternate' is A in odd and B in even rounds (the paper's), 'A' or 'B' only that one,
+    'joint' both in one Procrustes problem, each over its mean squared residual."""
+    softening: Softening = "linear"
+    """How a strength below 1 is reached: 'linear' is the paper's; 'regularised' turns each direction only as far as
+    the data say."""
+    guard: bool = False
+    """Leave a layer as it is where turning would not bring both factors together nearer to the broadcast by more than
+    noise does: B's early reference is noise, and turning to it multiplies the error."""
 
     def __post_init__(self) -> None:
         try:
             check_strength(self.strength)
         except ValueError as problem:
             raise RecipeError(f"method.{problem}") from None
-        if self.factor not in get_args(Schedule):
-            raise RecipeError(f"method.factor must be {choices(get_args(Schedule))}, got {self.factor!r}")
+        for what, value, kind in (("factor", self.factor, Schedule), ("softening", self.softening, Softening)):
+            if value not in get_args(kind):
+                raise RecipeError(f"method.{what} must be {choices(get_args(kind))}, got {value!r}")
 
     @classmethod
     def standalone(cls, **settings: Any) -> "FedRot":
         """Outside rounds there is nothing to alternate with: A unless 'A' or 'B' is given."""
         method = cls(**{"factor": "A", **settings})
         if method.factor == "alternate":
-            raise RecipeError("factor 'alternate' needs rounds; choose A or B")
+            raise RecipeError("factor 'alternate' needs rounds; choose A, B or joint")
         return method
 
     def aligned_factor(self, round: int) -> Factor | None:
@@ -66,5 +83,5 @@ class FedRot(Method):
         if factor is None:
             return ClientResult(local, state=seat.state)
         same_layers(local, broadcast.frame)
-        rotations = find_rotations([local], broadcast.frame, factor, self.strength)[0]
+        rotations = find_rotations(local, broadcast.frame, factor, self.strength, self.softening, self.guard)
         return ClientResult(rotate(local, rotations), rotations, seat.state)

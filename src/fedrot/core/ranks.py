@@ -1,0 +1,73 @@
+"""Clients of different rank: a narrow adapter is a part of the global one, in a frame of its own.
+
+A client of rank q < r gets P (q x r) with orthonormal rows and trains (P A, B P^T); what it sends back is (P^T A_i,
+B_i P), whose product is B_i A_i exactly, at the global rank. From there on it is an adapter like any other: it can be
+turned (the rotation of the padded factors is the semi-orthogonal one of the narrow factors) and averaged. What P
+leaves out counts as zero in an average, so the higher ranks of few clients are diluted by the many narrow ones.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedrot.core.adapter import Adapter, stacks
+from fedrot.core.errors import RecipeError
+
+Frames = Mapping[str, Tensor]  # layer name -> (q, r) float64 with orthonormal rows
+
+
+def leading_frames(adapter: Adapter, rank: int) -> dict[str, Tensor]:
+    """P by layer such that B P^T P A keeps most of B A: the leading eigenvectors of G^(1/2) B^T B G^(1/2), G = A A^T.
+
+    The best choice where the rows of A are orthogonal, as they nearly are at the start. While B = 0 it is the first
+    `rank` components. Raises `RecipeError` where the adapter's own rank is smaller.
+    """
+    frames: dict[str, Tensor] = {}
+    for stack in stacks([adapter], torch.float64):
+        a, b = stack.a[0], stack.b[0]
+        _check(rank, a.shape[-2])
+        values, q = torch.linalg.eigh(a @ a.mT)
+        root = q @ torch.diag_embed(values.clamp_min(0).sqrt()) @ q.mT
+        _, vectors = torch.linalg.eigh(root @ (b.mT @ b) @ root)
+        found = vectors.flip(-1)[..., :rank].mT
+        # Eigenvectors have no sign of their own; this one does not depend on the linear algebra's library.
+        found = found * torch.where(found.sum(-1, keepdim=True) < 0, -1.0, 1.0)
+        empty = (b == 0).all(-1).all(-1)[:, None, None]
+        frames.update(zip(stack.names, torch.where(empty, _first(rank, a.shape[-2]), found), strict=True))
+    return frames
+
+
+def first_frames(adapter: Adapter, rank: int) -> dict[str, Tensor]:
+    """P by layer that keeps the first `rank` components, as HetLoRA's truncation does."""
+    for pair in adapter.layers.values():
+        _check(rank, pair.rank)
+    return {name: _first(rank, pair.rank) for name, pair in adapter.layers.items()}
+
+
+def cut(adapter: Adapter, frames: Frames, scale: float) -> Adapter:
+    """(P A, B P^T) at the client's own `scale`, into which B's values are converted."""
+    layers = {}
+    for name, pair in adapter.layers.items():
+        p = frames[name].to(pair.a.dtype)
+        layers[name] = replace(pair, a=p @ pair.a, b=pair.b @ p.mT * (pair.scale / scale), scale=scale)
+    return replace(adapter, layers=layers)
+
+
+def pad(adapter: Adapter, frames: Frames, form: Adapter) -> Adapter:
+    """(P^T A, B P) at the scale of `form`: the same update at the global rank."""
+    layers = {}
+    for name, pair in adapter.layers.items():
+        p, scale = frames[name].to(pair.a.dtype), form.layers[name].scale
+        layers[name] = replace(pair, a=p.mT @ pair.a, b=pair.b @ p * (pair.scale / scale), scale=scale)
+    return replace(adapter, layers=layers)
+
+
+def _first(rank: int, of: int) -> Tensor:
+    return torch.eye(of, dtype=torch.float64)[:rank]
+
+
+def _check(rank: int, of: int) -> None:
+    if not 1 <= rank <= of:
+        raise RecipeError(f"a client's rank must be from 1 to the adapter's own, {of}; got {rank}")

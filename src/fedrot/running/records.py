@@ -1,0 +1,73 @@
+"""A round's line of metrics.jsonl: who took part, losses, bytes, aggregation errors, drift."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedrot.core.adapter import Adapter
+from fedrot.core.diagnostics import AggregationErrors
+from fedrot.core.drift import summarise_drift
+from fedrot.core.methods.base import ALL_PARTS, Broadcast
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is kept of an upload once its tensors are in the sum: memory does not grow with the clients' adapters."""
+
+    weight: float
+    used: int
+    metrics: Mapping[str, float]
+    layers: Mapping[str, Mapping[str, float]]
+
+
+def round_record(
+    broadcast: Broadcast,
+    drawn: Sequence[str],
+    uploads: Mapping[str, Seen],
+    dropped: Mapping[str, str],
+    down: int,
+    up: int,
+) -> dict[str, Any]:
+    """The record but for errors, evaluation and seconds; `down` and `up` are the bytes of all clients together."""
+    total = sum(u.weight for u in uploads.values())
+    return {
+        "round": broadcast.round,
+        "clients": {"drawn": len(drawn), "used": sorted(uploads), "dropped": dict(dropped)},
+        "train": {
+            "loss": sum(u.weight * u.metrics["loss"] for u in uploads.values()) / total,
+            "rows": sum(u.used for u in uploads.values()),
+            "tokens": sum(u.metrics["tokens"] for u in uploads.values()),
+            "loss_by_client": {name: u.metrics["loss"] for name, u in uploads.items()},
+        },
+        "bytes": {"down": down, "up": up},
+    }
+
+
+def broadcast_bytes(broadcast: Broadcast, head: bool) -> int:
+    """Bytes that go to one client, which has what earlier rounds sent: of the base's change only the new part."""
+    parts = ALL_PARTS if head else ALL_PARTS - {"head"}
+    extras = (broadcast.reference, broadcast.base_step, broadcast.variate)
+    return sum(adapter.bytes(parts) for adapter in (broadcast.adapter, *extras) if adapter is not None)
+
+
+def add_diagnostics(record: dict[str, Any], errors: AggregationErrors | None, uploads: Mapping[str, Seen]) -> None:
+    """Put errors, where there are any, and drift into the record."""
+    if errors is not None:
+        record["aggregation"] = {**errors.totals(), "layers": errors.layers}
+    drift = summarise_drift({name: u.layers for name, u in uploads.items()})
+    if drift:
+        record["drift"] = {**drift, "layers": _drift_by_layer(uploads)}
+
+
+def _drift_by_layer(uploads: Mapping[str, Seen]) -> dict[str, dict[str, float]]:
+    """The mean over clients of every layer's drift numbers."""
+    reports = [upload.layers for upload in uploads.values() if upload.layers]
+    return {
+        layer: {key: sum(report[layer][key] for report in reports) / len(reports) for key in values}
+        for layer, values in reports[0].items()
+    }
+
+
+def outcome_of(broadcast: Broadcast) -> tuple[Adapter, ...]:
+    """The updates whose sum is what the server made of a round's uploads: the adapter, and what the base gained."""
+    return (broadcast.adapter,) if broadcast.base_step is None else (broadcast.adapter, broadcast.base_step)
