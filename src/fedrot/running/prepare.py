@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fedrot.core.adapter import Adapter
-from fedrot.core.errors import DataError, choices
+from fedrot.core.errors import DataError, RecipeError, choices
 from fedrot.learning.data import Dataset
 from fedrot.learning.encoding import Encoded
 from fedrot.learning.models import ResidentModel, load_model
@@ -37,12 +37,19 @@ class Prepared:
 
 
 def divided(recipe: Recipe) -> tuple[Dataset, Partition]:
-    """The examples and who gets which; `DataError` where an evaluation split is missing."""
+    """The examples and who gets which. `DataError` where an evaluation split is missing, `RecipeError` for a rank of a
+    client that there is not.
+    """
     dataset = read_dataset(recipe.data, recipe.seed)
     for key, split in (("evaluation.split", recipe.evaluation.split), ("evaluation.final", recipe.evaluation.final)):
         if split is not None and split not in dataset.splits:
             raise DataError(f"{key}: the data has no split {split!r}; choose {choices(dataset.splits)}")
-    return dataset, divide(dataset, recipe.partition, recipe.seed)
+    partition = divide(dataset, recipe.partition, recipe.seed)
+    if strange := sorted(set(recipe.lora.ranks or ()) - set(partition.clients)):
+        raise RecipeError(
+            f"lora.ranks: there is no client {strange[0]!r}; the clients are {choices(partition.clients)}"
+        )
+    return dataset, partition
 
 
 def prepare(recipe: Recipe) -> Prepared:

@@ -15,6 +15,8 @@ from fedrot.core.errors import FedrotError, choices
 COMMANDS = {
     "run": "run a recipe: federated fine-tuning to a PEFT adapter, a run folder and a report",
     "eval": "score an adapter on the data of a recipe, whole and by client",
+    "compare": "run a recipe with several methods and seeds: a table with intervals, and figures",
+    "merge": "several PEFT adapters to one, with the error that it makes",
     "report": "figures and an HTML page from one or more run folders",
     "data": "fetch models and data from the package index; show who gets which examples",
     "methods": "list the aggregation methods with what they need and their settings",

@@ -1,7 +1,7 @@
 """Build the report: figures as PNG files, and one HTML page that holds them all."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ def build_report(paths: Sequence[Path], out: Path) -> Path:
     return out / "report.html"
 
 
-def _draw(runs: Sequence[RunData], folder: Path) -> list[dict[str, str]]:
+def _draw(runs: Sequence[RunData], folder: Path) -> list[dict[str, Any]]:
     """Every figure that the runs have numbers for, as a file and as text to put in the page."""
     from fedrot.app.report import figures
 
@@ -54,26 +54,42 @@ def _draw(runs: Sequence[RunData], folder: Path) -> list[dict[str, str]]:
         counts = first["label_counts"]["train"]
         plan.append(("labels", "Who holds what.", lambda: figures.label_shares(counts, first["labels"])))
     plan.append(("cost", "What the rounds cost.", lambda: figures.cost(runs)))
+    small = {"clients": True, "labels": True, "aggregation": len(runs) == 1}
+    return draw(plan, folder, narrow=[name for name, is_small in small.items() if is_small])
+
+
+def draw(
+    plan: Sequence[tuple[str, str, Callable[[], Any]]], folder: Path, narrow: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Draw (name, caption, figure) as PNG files below `folder`, and as text to put in a page."""
+    from fedrot.app.report import figures
+
     drawn = []
     for name, caption, make in plan:
         path = folder / f"{name}.png"
         figures.save(make(), path)
         data = base64.b64encode(path.read_bytes()).decode()
-        drawn.append({"name": name, "caption": caption, "data": data})
+        drawn.append({"name": name, "caption": caption, "data": data, "narrow": name in narrow})
     return drawn
 
 
-def _page(runs: Sequence[RunData], drawn: list[dict[str, str]]) -> str:
+def _page(runs: Sequence[RunData], drawn: list[dict[str, Any]]) -> str:
+    return page(
+        "page.html.j2",
+        title=" and ".join(dict.fromkeys(run.recipe.name for run in runs)),
+        runs=[_summary(run) for run in runs],
+        figures=drawn,
+    )
+
+
+def page(template: str, **content: Any) -> str:
+    """A self-contained HTML page from a template beside this file."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
         loader=PackageLoader("fedrot.app.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    return environment.get_template("page.html.j2").render(
-        title=" and ".join(dict.fromkeys(run.recipe.name for run in runs)),
-        runs=[_summary(run) for run in runs],
-        figures=drawn,
-    )
+    return environment.get_template(template).render(**content)
 
 
 def _summary(run: RunData) -> dict[str, Any]:

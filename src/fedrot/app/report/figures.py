@@ -24,7 +24,8 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _figure(columns: int = 1, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+def empty_figure(columns: int = 1, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+    """A row of panels in the house's look."""
     figure = Figure(figsize=(5.2 * columns, height), layout="constrained")
     axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
     for ax in axes:
@@ -33,7 +34,8 @@ def _figure(columns: int = 1, height: float = 3.4) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _by_round(ax: Axes, title: str, ylabel: str) -> None:
+def by_round(ax: Axes, title: str, ylabel: str) -> None:
+    """Labels, whole rounds, and a legend where there is something to name."""
     ax.set_title(title, fontsize=11)
     ax.set_xlabel("round")
     ax.set_ylabel(ylabel)
@@ -60,7 +62,7 @@ def _colours(runs: Sequence[RunData]) -> list[tuple[RunData, str]]:
 
 def learning(runs: Sequence[RunData]) -> Figure:
     """Accuracy of the global model, and losses, by round."""
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = empty_figure(2)
     for run, colour in _colours(runs):
         _line(left, run, lambda r: r["evaluation"]["accuracy"], run.label, color=colour)
         worst = {"color": colour, "linestyle": ":", "alpha": 0.7}
@@ -68,14 +70,14 @@ def learning(runs: Sequence[RunData]) -> Figure:
         _line(right, run, lambda r: r["evaluation"]["loss"], f"{run.label}, evaluation", color=colour)
         _line(right, run, lambda r: r["train"]["loss"], f"{run.label}, local training", color=colour, linestyle=":")
     split = runs[0].recipe.evaluation.split
-    _by_round(left, f"Accuracy on {split}", "accuracy")
-    _by_round(right, "Loss", "cross-entropy")
+    by_round(left, f"Accuracy on {split}", "accuracy")
+    by_round(right, "Loss", "cross-entropy")
     return figure
 
 
 def aggregation(runs: Sequence[RunData]) -> Figure:
     """Relative aggregation error before and after alignment, and the rank-r floor, a panel a run."""
-    figure, axes = _figure(len(runs))
+    figure, axes = empty_figure(len(runs))
     for ax, run in zip(axes, runs, strict=True):
         estimated = any(record.get("aggregation", {}).get("estimated") for record in run.metrics)
         _line(ax, run, lambda r: r["aggregation"]["before_relative"], "before alignment", color=COLOURS[1])
@@ -87,13 +89,13 @@ def aggregation(runs: Sequence[RunData]) -> Figure:
         _line(ax, run, lambda r: r["aggregation"]["floor_relative"], f"rank-{run.recipe.lora.rank} floor", **floor)
         ax.set_ylim(bottom=0)
         ax.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-        _by_round(ax, f"Aggregation error, {run.label}{' (estimated)' if estimated else ''}", "of the ideal update")
+        by_round(ax, f"Aggregation error, {run.label}{' (estimated)' if estimated else ''}", "of the ideal update")
     return figure
 
 
 def gain(runs: Sequence[RunData]) -> Figure:
     """How alignment changed the error, and how much of the drift only turned the frame."""
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = empty_figure(2)
     for run, colour in _colours(runs):
         _line(left, run, lambda r: _change(r["aggregation"]), run.label, color=colour)
         _line(right, run, lambda r: r["drift"]["gauge_share"], f"{run.label}, gauge share of drift", color=colour)
@@ -102,8 +104,8 @@ def gain(runs: Sequence[RunData]) -> Figure:
     left.axhline(0.0, color="#888888", linewidth=0.8)
     for ax in (left, right):
         ax.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    _by_round(left, "Error after alignment against before", "change")
-    _by_round(right, "Was rotation the problem?", "share")
+    by_round(left, "Error after alignment against before", "change")
+    by_round(right, "Was rotation the problem?", "share")
     return figure
 
 
@@ -113,22 +115,22 @@ def _change(errors: Mapping[str, float]) -> float | None:
 
 def drift(runs: Sequence[RunData]) -> Figure:
     """How far clients' factors move from the broadcast, and how far they are turned."""
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = empty_figure(2)
     for run, colour in _colours(runs):
         _line(left, run, lambda r: r["drift"]["a_min"], f"{run.label}, A", color=colour)
         _line(left, run, lambda r: r["drift"]["b_min"], f"{run.label}, B", color=colour, linestyle="--", marker="s")
         _line(right, run, lambda r: math.degrees(r["drift"]["angle_mean"]), f"{run.label}, mean", color=colour)
         most = {"color": colour, "linestyle": ":"}
         _line(right, run, lambda r: math.degrees(r["drift"]["angle_max"]), f"{run.label}, largest", **most)
-    _by_round(left, "Least drift over clients", "distance to the broadcast")
-    _by_round(right, "Rotation applied (largest angle of a layer)", "degrees")
+    by_round(left, "Least drift over clients", "distance to the broadcast")
+    by_round(right, "Rotation applied (largest angle of a layer)", "degrees")
     return figure
 
 
 def label_shares(counts: Mapping[str, Sequence[int]], labels: Sequence[str]) -> Figure:
     """Who holds what: a bar a client, divided by label."""
     clients = list(counts)
-    figure, (ax,) = _figure(1, height=max(2.0, 0.8 + 0.28 * len(clients)))
+    figure, (ax,) = empty_figure(1, height=max(2.0, 0.8 + 0.28 * len(clients)))
     left = [0] * len(clients)
     many = len(labels) > len(COLOURS)
     for number, label in enumerate(labels):
@@ -147,9 +149,9 @@ def label_shares(counts: Mapping[str, Sequence[int]], labels: Sequence[str]) -> 
 def clients(runs: Sequence[RunData]) -> Figure:
     """The last accuracy of every client's part of the split."""
     runs = [run for run in runs if _last(run)]
-    last = [run.result.get("final") or _last(run) for run in runs]
+    last = [last_scores(run) for run in runs]
     names = sorted({client for scores in last for client in scores["by_client"]})
-    figure, (ax,) = _figure(1, height=max(2.0, 0.8 + 0.28 * len(names) * len(runs)))
+    figure, (ax,) = empty_figure(1, height=max(2.0, 0.8 + 0.28 * len(names) * len(runs)))
     step = 0.8 / len(runs)
     for number, ((run, colour), scores) in enumerate(zip(_colours(runs), last, strict=True)):
         places = [i + (number - (len(runs) - 1) / 2) * step for i in range(len(names))]
@@ -164,13 +166,18 @@ def clients(runs: Sequence[RunData]) -> Figure:
     return figure
 
 
+def last_scores(run: RunData) -> dict[str, Any]:
+    """The final scores, or those of the last round that was scored."""
+    return run.result.get("final") or _last(run)
+
+
 def _last(run: RunData) -> dict[str, Any]:
     return next((r["evaluation"] for r in reversed(run.metrics) if "evaluation" in r), {})
 
 
 def cost(runs: Sequence[RunData]) -> Figure:
     """Seconds by phase and bytes by direction, all rounds together."""
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = empty_figure(2)
     names = [run.label for run in runs]
     bottom = [0.0] * len(runs)
     for number, phase in enumerate(PHASES):

@@ -60,7 +60,7 @@ def load_runs(paths: Sequence[Path]) -> list[RunData]:
 
 def _label(recipe: Recipe) -> str:
     settings = recipe.method.settings()
-    return recipe.method.name + (f" {settings['strength']:g}" if "strength" in settings else "")
+    return recipe.method.name + (f" {settings['strength']}" if "strength" in settings else "")
 
 
 def _distinct(runs: list[RunData]) -> list[RunData]:
