@@ -51,7 +51,7 @@ def test_fedrot_without_a_reference_is_refused():
 
 
 def test_alternating_is_refused_since_there_are_no_rounds():
-    with refused("alternate", "A or B", error=RecipeError):
+    with refused("alternate", "A, B or joint", error=RecipeError):
         aggregate(PAIR, method="fedrot", reference=make_adapter(2), factor="alternate")
 
 
@@ -65,12 +65,11 @@ def test_a_setting_s_bad_value_is_refused_by_its_name(key, value):
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (make_adapter(5, rank=2), ("layers/enc.0.out/a", "(2, 7)", "(3, 7)")),
-        (make_adapter(5, rank=1), ("layers/enc.0.out/a", "(1, 7)", "(3, 7)")),
         (make_adapter(5, shapes={n: s for n, s in SHAPES.items() if n != "enc.0.out"}), ("'enc.0.out'", "missing")),
         (make_adapter(5, shapes={**SHAPES, "enc.9.out": (7, 16)}), ("'enc.9.out'", "not in")),
+        (make_adapter(5, shapes={**SHAPES, "enc.0.out": (8, 16)}), ("layers/enc.0.out/a", "(1, 8)", "(1, 7)")),
+        (make_adapter(5, shapes={**SHAPES, "enc.0.out": (7, 15)}), ("layers/enc.0.out/b", "(15, 1)", "(16, 1)")),
         (make_adapter(5, head=False), ("'classifier.bias'", "missing")),
-        (make_adapter(5, scale=4.0), ("'enc.0.query'", "scale 4.0", "2.0")),
     ],
 )
 def test_an_adapter_of_another_form_is_refused_by_its_index_and_what_differs(place, other, words):
@@ -78,13 +77,6 @@ def test_an_adapter_of_another_form_is_refused_by_its_index_and_what_differs(pla
     adapters[place] = other
     with refused(f"adapters[{place}]", *words):
         aggregate(adapters)
-
-
-def test_one_layer_of_another_scale_is_refused_by_its_name():
-    layers = PAIR[1].layers
-    other = replace(PAIR[1], layers={**layers, "enc.0.value": replace(layers["enc.0.value"], scale=1.0)})
-    with refused("adapters[1]", "'enc.0.value'", "scale 1.0"):
-        aggregate([PAIR[0], other])
 
 
 def test_a_layer_of_another_orientation_is_refused_by_its_index_and_name():
@@ -95,15 +87,16 @@ def test_a_layer_of_another_orientation_is_refused_by_its_index_and_name():
 
 @pytest.mark.parametrize("strength", [0.4, 0.0])
 @pytest.mark.parametrize(
-    ("reference", "word"),
+    ("reference", "words"),
     [
-        (make_adapter(5, rank=2), "enc.0.out"),
-        (make_adapter(5, shapes={"enc.0.out": (7, 16)}), "enc.0.query"),
-        (make_adapter(5, shapes={**SHAPES, "enc.0.out": (7, 15)}), "enc.0.out"),
+        (make_adapter(5, rank=2), ("enc.0.query", "rank 2", "has 3")),
+        (make_adapter(5, rank=4), ("enc.0.query", "rank 4", "has 3")),
+        (make_adapter(5, shapes={"enc.0.out": (7, 16)}), ("enc.0.query",)),
+        (make_adapter(5, shapes={**SHAPES, "enc.0.out": (7, 15)}), ("enc.0.out",)),
     ],
 )
-def test_a_reference_of_another_form_is_refused_whatever_the_strength(reference, word, strength):
-    with refused(word, error=AdapterError):
+def test_a_reference_of_another_form_is_refused_whatever_the_strength(reference, words, strength):
+    with refused("reference", *words, error=AdapterError):
         aggregate(PAIR, method="fedrot", reference=reference, strength=strength)
 
 

@@ -81,15 +81,12 @@ def test_inputs_are_not_changed():
 @quick
 @given(seeds, ranks, factors, strengths)
 def test_every_rotation_found_is_in_so_r(seed, rank, factor, strength):
-    found = find_rotations([make_adapter(seed, rank), make_adapter(seed + 2, rank)], make_adapter(seed + 1, rank),
-                           factor, strength)  # fmt: skip
-    assert len(found) == 2
-    for rotations in found:
-        assert rotations.keys() == SHAPES.keys()
-        for r in rotations.values():
-            assert r.dtype == torch.float64
-            assert distance(r @ r.T, torch.eye(rank)) < 1e-10
-            assert float(torch.linalg.det(r)) == pytest.approx(1.0, abs=1e-10)
+    found = find_rotations(make_adapter(seed, rank), make_adapter(seed + 1, rank), factor, strength)
+    assert found.keys() == SHAPES.keys()
+    for r in found.values():
+        assert r.dtype == torch.float64
+        assert distance(r @ r.T, torch.eye(rank)) < 1e-10
+        assert float(torch.linalg.det(r)) == pytest.approx(1.0, abs=1e-10)
 
 
 @quick
@@ -139,7 +136,7 @@ def test_a_tiny_strength_is_next_to_none_at_all(seed, rank, factor):
 @given(seeds, ranks, factors, strengths)
 def test_a_soft_rotation_is_within_twice_its_strength_of_the_full_one(seed, rank, factor, strength):
     adapter, reference = make_adapter(seed, rank), make_adapter(seed + 1, rank)
-    (soft,), (full,) = (find_rotations([adapter], reference, factor, s) for s in (strength, 1.0))
+    soft, full = (find_rotations(adapter, reference, factor, s) for s in (strength, 1.0))
     for name in SHAPES:
         eye = torch.eye(rank)
         assert distance(soft[name], eye) <= 2 * strength * distance(full[name], eye) + 1e-10
@@ -153,7 +150,7 @@ def test_rank_one_factors_do_not_turn_in_the_directions_that_are_only_rounding(s
     u, v = torch.randn(rank, 1, generator=rng), torch.randn(1, 64, generator=rng)
     reference = Adapter({"q": LoraPair((u @ v).to(dtype), torch.zeros(32, rank, dtype=dtype), 1.0)})
     client = Adapter({"q": LoraPair((1.37 * u @ v).to(dtype), torch.zeros(32, rank, dtype=dtype), 1.0)})
-    (rotations,) = find_rotations([client], reference, "A", 1.0)
+    rotations = find_rotations(client, reference, "A", 1.0)
     # The one direction that the data know is known to the factors' own rounding, no better.
     assert distance(rotations["q"], torch.eye(rank)) < 4 * torch.finfo(dtype).eps
 
@@ -167,7 +164,7 @@ def test_the_coarser_of_adapter_and_reference_says_what_is_rounding(seed, coarse
     # Beside the leading direction, this one holds nothing but its own rounding.
     rounded = Adapter({"q": LoraPair((u @ v).bfloat16(), torch.zeros(32, 4).bfloat16(), 1.0)})
     client, reference = (rounded, fine) if coarse == "adapter" else (fine, rounded)
-    (rotations,) = find_rotations([client], reference, "A", 1.0)
+    rotations = find_rotations(client, reference, "A", 1.0)
     assert distance(rotations["q"], torch.eye(4)) < 0.1
 
 
@@ -245,7 +242,7 @@ def test_a_strength_outside_0_to_1_is_refused(strength):
 
 @pytest.mark.parametrize("factor", ["C", "a", "", "alternate", None])
 def test_an_unknown_factor_is_refused_with_the_choices(factor):
-    with refused("factor", repr(factor), "A or B"):
+    with refused("factor", repr(factor), "A, B or joint"):
         align(make_adapter(0), make_adapter(1), factor)
 
 

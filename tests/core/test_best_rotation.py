@@ -143,7 +143,7 @@ def test_the_best_rotation_is_above_neither_the_frames_sent_nor_the_clients_own(
     errors = ExactErrors(rho=True)
     for k in range(3):
         local = moved(base, 100 * seed + k, 0.01)
-        rotation = find_rotations([local], reference, "B", 1.0)[0]
+        rotation = find_rotations(local, reference, "B", 1.0)
         errors.add(upload(rotate(local, rotation), rotation), 1.0)
     for layer in errors.result().layers.values():
         assert layer["best2"] <= layer["after2"] * (1 + 1e-6)

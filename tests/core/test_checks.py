@@ -38,7 +38,7 @@ def spoilt(name: str, value: float) -> Adapter:
 def test_a_good_upload_passes_and_is_left_as_it_is():
     check_upload(upload(GOOD), FORM, OPEN)
     check_upload(upload(FORM), FORM, CheckSettings(max_norm=0.0))
-    rotations = find_rotations([GOOD], FORM, "A", 1.0)[0]
+    rotations = find_rotations(GOOD, FORM, "A", 1.0)
     check_upload(upload(rotate(GOOD, rotations), rotations), FORM, CheckSettings(max_norm=1e6))
 
 

@@ -55,7 +55,7 @@ def test_errors_are_those_of_dense_matrices(seed, rank, scale, weights, dtype, f
 def test_before_and_after_alignment_are_those_of_dense_matrices(seed, rank, count):
     reference = make_adapter(seed, rank, dtype=torch.float64)
     locals_ = [moved(reference, seed + i, 0.5) for i in range(1, count + 1)]
-    rotations = find_rotations(locals_, reference, "A", 0.7)
+    rotations = [find_rotations(local, reference, "A", 0.7) for local in locals_]
     sent = [rotate(local, r) for local, r in zip(locals_, rotations, strict=True)]
     weights = [float(i) for i in range(1, count + 1)]
     errors = ExactErrors()
@@ -163,7 +163,7 @@ def test_no_error_is_below_the_floor(count):
 def test_a_perfect_alignment_shows_as_no_error_after_and_the_full_one_before():
     reference = make_adapter(0, dtype=torch.float64)
     locals_ = [turned(reference, random_rotations(seed, reference)) for seed in (10, 20, 30)]
-    rotations = find_rotations(locals_, reference, "A", 1.0)
+    rotations = [find_rotations(local, reference, "A", 1.0) for local in locals_]
     errors = ExactErrors()
     for local, rotation in zip(locals_, rotations, strict=True):
         errors.add(upload(rotate(local, rotation), rotation), 1.0)

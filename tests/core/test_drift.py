@@ -60,7 +60,7 @@ def test_the_rotation_s_angle_and_distance_are_reported(rank):
 
 def test_each_layer_has_its_own_rotation():
     local, sent = make_adapter(1, dtype=torch.float64), make_adapter(0, dtype=torch.float64)
-    rotations = find_rotations([local], sent, "A", 1.0)[0]
+    rotations = find_rotations(local, sent, "A", 1.0)
     for name, layer in client_drift(local, sent, rotations).items():
         assert layer["turn"] == pytest.approx(distance(rotations[name], torch.eye(3)), rel=1e-12)
 

@@ -90,7 +90,7 @@ def _skeleton(adapters: Sequence[Adapter]) -> Any:
         module.add_module(last, linear)
     rank = next(iter(adapters[0].layers.values())).rank
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(adapters[0].layers))
-    model: Any = get_peft_model(root, config, adapter_name="part0")  # type: ignore[arg-type]
+    model: Any = get_peft_model(root, config, adapter_name="part0")
     for number in range(1, len(adapters)):
         model.add_adapter(f"part{number}", config)
     with torch.no_grad():
