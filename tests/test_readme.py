@@ -91,7 +91,7 @@ def test_the_benchmark_runs_at_reduced_size_and_writes_its_table(tmp_path: Path)
     written = ROOT / "build" / "bench.json"
     kept = written.read_bytes() if written.exists() else None
     try:
-        words = f"{sys.executable} {ROOT}/benchmarks/run.py --repeats 1 --steps 1 --clients 2"
+        words = f"{sys.executable} {ROOT}/benchmarks/run.py --repeats 1 --steps 1 --clients 2 --width 512"
         done = call(words, tmp_path)
         assert done.returncode == 0, done.stderr
         results = json.loads(written.read_text())["results"]
