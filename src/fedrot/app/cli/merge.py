@@ -92,7 +92,7 @@ def _settings(method: str, words: Sequence[str]) -> dict[str, Any]:
             raise RecipeError(f"{word}: {method} has no such setting; it has {choices(known) or 'none'}")
     try:
         flags = [f"--method.{word.removeprefix('--')}" if word.startswith("--") else word for word in words]
-        parsed = parser.parse_args(flags).as_dict()["method"]
+        parsed = parser.parse_args(flags).as_dict().get("method", {})
     except ArgumentError as problem:
         raise RecipeError(explain(str(problem), kind)) from None
     given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
