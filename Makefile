@@ -1,6 +1,7 @@
 # make demo   set everything up and run the demonstration on real data
 # make test   the tests            make check  lint, types, floors and the tests
 # make bench  speed and memory     make figures  the documentation's figures
+# make replay TREC=folder  aggregation on recorded uploads (half an hour)     make results  docs/results.md from its files
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ DEMO_OUT ?= runs/demo
 # A folder with SST-2's train.tsv and dev.tsv for the benchmark; the VADER corpus without it
 DATA ?=
 
-.PHONY: demo test check lint bench figures clean
+.PHONY: demo test check lint bench figures replay results clean
 
 demo: $(RUN)
 	$(BIN)/fedrot data fetch minilm vader
@@ -40,6 +41,13 @@ bench: $(DEV)
 
 figures: $(DEV)
 	$(BIN)/python benchmarks/frames.py
+
+replay: $(DEV)
+	$(BIN)/fedrot data fetch minilm vader
+	$(BIN)/python benchmarks/replay.py $(if $(TREC),--trec $(TREC))
+
+results: $(DEV)
+	$(BIN)/python benchmarks/results.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

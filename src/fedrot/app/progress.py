@@ -35,8 +35,10 @@ def round_line(record: Mapping[str, Any], rounds: int) -> str:
     if "aggregation" in record:
         errors = record["aggregation"]
         about = "~" if errors["estimated"] else ""
+        # With a server optimizer there is no error in what was sent: it goes elsewhere on purpose.
+        last = errors.get("sent_relative", errors["after_relative"])
         words.append(
-            f"error {about}{errors['before_relative']:.2%} -> {about}{errors['after_relative']:.2%}, "
+            f"error {about}{errors['before_relative']:.2%} -> {about}{last:.2%}, "
             f"floor {about}{errors['floor_relative']:.2%}"
         )
     if record["clients"]["dropped"]:

@@ -83,6 +83,9 @@ def aggregation(runs: Sequence[RunData]) -> Figure:
         _line(ax, run, lambda r: r["aggregation"]["before_relative"], "before alignment", color=COLOURS[1])
         after = {"color": COLOURS[0], "linestyle": "--", "marker": "s"}
         _line(ax, run, lambda r: r["aggregation"]["after_relative"], "after alignment", **after)
+        if any(_beyond_alignment(record) for record in run.metrics):
+            sent = {"color": COLOURS[2], "marker": "^"}
+            _line(ax, run, lambda r: r["aggregation"]["sent_relative"], "what the server sent", **sent)
         best = {"color": COLOURS[3], "linestyle": "-."}
         _line(ax, run, lambda r: r["aggregation"]["best_relative"], "best rotation", **best)
         floor = {"color": COLOURS[6], "linestyle": ":"}
@@ -91,6 +94,13 @@ def aggregation(runs: Sequence[RunData]) -> Figure:
         ax.yaxis.set_major_formatter(PercentFormatter(xmax=1))
         by_round(ax, f"Aggregation error, {run.label}{' (estimated)' if estimated else ''}", "of the ideal update")
     return figure
+
+
+def _beyond_alignment(record: Mapping[str, Any]) -> bool:
+    """The server made something else of the uploads than their factor-wise average."""
+    errors = record.get("aggregation", {})
+    after = errors.get("after_relative", 0.0)
+    return abs(errors.get("sent_relative", after) - after) > 1e-6 + 1e-3 * float(after)
 
 
 def gain(runs: Sequence[RunData]) -> Figure:

@@ -1,0 +1,85 @@
+"""The documentation's tables say what the code says, and its results come from the committed files."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedrot.core.methods import methods
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+def table() -> dict[str, list[str]]:
+    text = (ROOT / "docs" / "methods.md").read_text()
+    lines = [line.strip().strip("|").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    return {line[0].strip().strip("`"): [cell.strip() for cell in line[1:]] for line in lines}
+
+
+def test_every_method_has_its_row() -> None:
+    assert set(table()) == set(methods())
+
+
+@pytest.mark.parametrize("name", methods())
+def test_a_row_says_what_the_capabilities_say(name: str) -> None:
+    sees, *_, refused = table()[name]
+    has = methods()[name].capabilities
+    assert sees == has.reduction
+    words = [] if refused == "-" else refused.split(", ")
+    assert words == [word for word in ("ranks", "opt", "variates", "merge") if word not in has.takes()]
+
+
+def test_every_link_of_the_documentation_leads_somewhere() -> None:
+    for page in (ROOT / "docs").glob("*.md"):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_results_page_comes_from_the_committed_files(tmp_path: Path) -> None:
+    import results
+
+    rows = results.read(results.REPLAY)
+    text = results.page(rows, (results.VADER / "table.md").read_text())
+    assert (ROOT / "docs" / "results.md").read_text() == text
+    results.draw(rows, tmp_path / "replay.png")
+    assert (tmp_path / "replay.png").stat().st_size > 10_000
+
+
+def test_the_committed_replay_holds_what_it_must() -> None:
+    import results
+
+    rows = results.read(results.REPLAY)
+    assert {row["task"] for row in rows} == {"vader", "trec"}
+    assert {row["optimizer"] for row in rows} == {"adamw", "sgd"}
+    assert {row["rank"] for row in rows} == {"4", "64"}
+    assert {row["start"] for row in rows} == {"common", "own"}
+    for start in ("common", "own"):
+        for column in results.columns(rows):
+            floors = results.values(rows, start, column, "floor")
+            assert results.values(rows, start, column, "fedrot_svd") == pytest.approx(floors, abs=1e-5)
+            best = results.values(rows, start, column, "best rotation")
+            found = results.values(rows, start, column, "consensus")
+            for mine, least in zip(found, best, strict=True):
+                if least < 0.99:  # where rotation is a cause at all
+                    assert (1 - mine) / (1 - least) >= 0.9, (start, column)
+
+
+def test_the_replay_runs_at_reduced_size(tmp_path: Path) -> None:
+    import recorded
+    import replay
+
+    from fedrot.learning.fetch import fetch
+
+    for name in ("vader", "minilm"):
+        fetch(name)
+    setting = recorded.Setting("vader", "adamw", 2, "own", 0)
+    recorded.RATES[("adamw", 2)] = 1e-3
+    rows = list(replay.measure([setting], None, steps=1))
+    variants = {row[6] for row in rows}
+    assert {*replay.VARIANTS, "floor", "best rotation"} == variants
+    ratio = {row[6]: float(row[8]) for row in rows}
+    assert ratio["fedex"] < 1e-4
+    assert ratio["fedrot_svd"] == pytest.approx(ratio["floor"], abs=1e-5)
+    assert ratio["floor"] <= ratio["best rotation"] <= ratio["consensus"] + 1e-9
