@@ -69,7 +69,6 @@ def test_the_committed_replay_holds_what_it_must() -> None:
 def test_the_replay_runs_at_reduced_size(tmp_path: Path) -> None:
     import recorded
     import replay
-
     from fedrot.learning.fetch import fetch
 
     for name in ("vader", "minilm"):
