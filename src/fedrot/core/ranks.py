@@ -14,15 +14,18 @@ from torch import Tensor
 
 from fedrot.core.adapter import Adapter, stacks
 from fedrot.core.errors import RecipeError
+from fedrot.core.linalg import product_norm2
 
 Frames = Mapping[str, Tensor]  # layer name -> (q, r) float64 with orthonormal rows
 
 
 def leading_frames(adapter: Adapter, rank: int) -> dict[str, Tensor]:
-    """P by layer such that B P^T P A keeps most of B A: the leading eigenvectors of G^(1/2) B^T B G^(1/2), G = A A^T.
+    """P by layer such that B P^T P A keeps most of B A.
 
-    The best choice where the rows of A are orthogonal, as they nearly are at the start. While B = 0 it is the first
-    `rank` components. Raises `RecipeError` where the adapter's own rank is smaller.
+    The better, layer by layer, of B's leading right singular vectors, which keep everything where B has no higher rank
+    (as a narrow client's own B has), and the leading eigenvectors of G^(1/2) B^T B G^(1/2), G = A A^T; both are best
+    where the rows of A are orthogonal and alike, as they nearly are at the start. While B = 0 it is the first `rank`
+    components. Raises `RecipeError` where the adapter's own rank is smaller.
     """
     frames: dict[str, Tensor] = {}
     for stack in stacks([adapter], torch.float64):
@@ -30,13 +33,19 @@ def leading_frames(adapter: Adapter, rank: int) -> dict[str, Tensor]:
         _check(rank, a.shape[-2])
         values, q = torch.linalg.eigh(a @ a.mT)
         root = q @ torch.diag_embed(values.clamp_min(0).sqrt()) @ q.mT
-        _, vectors = torch.linalg.eigh(root @ (b.mT @ b) @ root)
-        found = vectors.flip(-1)[..., :rank].mT
-        # Eigenvectors have no sign of their own; this one does not depend on the linear algebra's library.
-        found = found * torch.where(found.sum(-1, keepdim=True) < 0, -1.0, 1.0)
+        tried = torch.stack([_leading(b.mT @ b, rank), _leading(root @ (b.mT @ b) @ root, rank)])
+        lost = product_norm2(b - b @ tried.mT @ tried, a)  # (2, L)
+        found = torch.where((lost[0] <= lost[1])[:, None, None], tried[0], tried[1])
         empty = (b == 0).all(-1).all(-1)[:, None, None]
         frames.update(zip(stack.names, torch.where(empty, _first(rank, a.shape[-2]), found), strict=True))
     return frames
+
+
+def _leading(gram: Tensor, rank: int) -> Tensor:  # (L, r, r) -> (L, rank, r)
+    _, vectors = torch.linalg.eigh(gram)
+    found = vectors.flip(-1)[..., :rank].mT
+    # Eigenvectors have no sign of their own; this one does not depend on the linear algebra's library.
+    return found * torch.where(found.sum(-1, keepdim=True) < 0, -1.0, 1.0)
 
 
 def first_frames(adapter: Adapter, rank: int) -> dict[str, Tensor]:

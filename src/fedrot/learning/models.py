@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,9 @@ class ResidentModel:
         own = {id(p) for _, p in self.parameters(frozenset({"a", "b", "head"}))}
         # PEFT keeps the fresh, unused head beside the one that is trained; it is no part of the base model.
         self._base = {n: p for n, p in inner.named_parameters() if id(p) not in own and ".original_module." not in n}
-        self._original: dict[str, Tensor] = {}  # base weights that were changed, as they were loaded
+        self._original: dict[str, tuple[Tensor, Tensor | None]] = {}  # weight and bias of changed layers, as loaded
         self._delta: Adapter | None = None
+        self._start = self.read()
 
     def read(self) -> Adapter:
         """A copy of the adapter that is in the model now."""
@@ -83,17 +84,27 @@ class ResidentModel:
                 parameter.copy_(adapter.head[name])
 
     def change_base(self, delta: Adapter | None) -> None:
-        """Make the base weights what was loaded plus `delta`'s updates, in float32; None: what was loaded."""
+        """Make the base weights what was loaded plus `delta`'s updates; None: what was loaded.
+
+        Changed layers are held and computed in float32, also under autocast: bfloat16 would round small changes away.
+        """
         if delta is self._delta:
             return
-        with torch.no_grad():
-            for name, module in self._modules.items():
-                weight = module.get_base_layer().weight
-                if delta is None:
-                    weight.data = self._original[name]
-                    continue
-                original = self._original.setdefault(name, weight.data)
-                weight.data = (original.float() + delta.layers[name].delta().to(original.device)).contiguous()
+        for name, module in self._modules.items():
+            layer = module.get_base_layer()
+            if delta is None:
+                weight, bias = self._original.pop(name)
+                del layer.forward
+            else:
+                if name not in self._original:
+                    self._original[name] = layer.weight.data, None if layer.bias is None else layer.bias.data
+                    layer.forward = _in_float32(layer.forward)
+                loaded, bias = self._original[name]
+                weight = (loaded.float() + delta.layers[name].delta().to(loaded.device)).contiguous()
+                bias = None if bias is None else bias.float()
+            layer.weight.data = weight
+            if bias is not None:
+                layer.bias.data = bias
         self._delta = delta
 
     def _scale(self, name: str) -> float:
@@ -147,7 +158,7 @@ class ResidentModel:
         With `any_rank` its ranks and scales may be others than the recipe's, as they are of one that holds a change of
         the base model; it can then be scored but not trained on.
         """
-        mine = self.read()
+        mine = self._start
         form = _at_ranks_of(mine, adapter) if any_rank else mine
         try:
             same_form(adapter, form, who=where)
@@ -163,6 +174,16 @@ class ResidentModel:
                 )
         filled = mine.with_tensors({n: t.to(torch.float32) for n, t in adapter.tensors()})
         return replace(filled, config=mine.config)
+
+
+def _in_float32(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same layer without autocast."""
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(x.float())
+
+    return run
 
 
 def _at_ranks_of(form: Adapter, other: Adapter) -> Adapter:

@@ -46,9 +46,8 @@ def divided(recipe: Recipe) -> tuple[Dataset, Partition]:
             raise DataError(f"{key}: the data has no split {split!r}; choose {choices(dataset.splits)}")
     partition = divide(dataset, recipe.partition, recipe.seed)
     if strange := sorted(set(recipe.lora.ranks or ()) - set(partition.clients)):
-        raise RecipeError(
-            f"lora.ranks: there is no client {strange[0]!r}; the clients are {choices(partition.clients)}"
-        )
+        some = f"the clients are {choices(partition.clients[:8])}" + (" and more" if len(partition.clients) > 8 else "")
+        raise RecipeError(f"lora.ranks: there is no client {strange[0]!r}; {some}")
     return dataset, partition
 
 

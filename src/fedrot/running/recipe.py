@@ -73,7 +73,7 @@ class Recipe:
                 settings = dict(value)
                 made[key] = get_method(settings.pop("name", FedRot.name))(**settings)
             elif key in SECTIONS:
-                made[key] = SECTIONS[key](**value)
+                made[key] = SECTIONS[key](**{k: _named(v) for k, v in value.items()})
             elif key in known:
                 made[key] = value
             else:
@@ -97,6 +97,11 @@ SECTIONS: dict[str, type] = {
 }
 
 
+def _named(value: Any) -> Any:
+    """A mapping of clients with their names as text: YAML takes a name of digits for a number."""
+    return {str(name): inner for name, inner in value.items()} if isinstance(value, Mapping) else value
+
+
 def value_at(plain: Mapping[str, Any], key: str) -> Any:
     """plain['a']['b'] for key 'a.b'; None where there is none."""
     value: Any = plain
@@ -112,7 +117,7 @@ def flatten(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
+            flat[f"{prefix}{key}"] = value
     return flat
 
 

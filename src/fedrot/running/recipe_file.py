@@ -62,7 +62,7 @@ def parse_recipe(values: Mapping[str, Any], flags: Sequence[str] = (), source: s
     method = _choose_method(values, flags, source)
     _known_keys(values, method, source)
     for flag in flags:
-        if flag.partition("=")[0].removeprefix("--") in sections_of(method):
+        if flag.startswith("--") and flag.partition("=")[0].removeprefix("--") in sections_of(method):
             raise RecipeError(f"{source}: {flag}: this is a section; give its keys, e.g. --method.name or --local.lr")
     parser = recipe_parser(method)
     try:
@@ -191,6 +191,8 @@ def describe(kind: Any) -> str:
         return choices(get_args(kind))
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(describe(part) for part in get_args(kind))
+    if get_origin(kind) is dict:
+        return f"keys and values (each {describe(get_args(kind)[1])})"
     if get_origin(kind) is list:
         return f"a list (each {describe(get_args(kind)[0])})"
     return str(kind)

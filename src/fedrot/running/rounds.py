@@ -86,17 +86,12 @@ def play_round(
     drawn = draw_clients(engine.clients, recipe.federation.participation, recipe.seed, number)
     watcher.round_started(number, recipe.rounds, drawn)
     collected = collect(recipe, broadcast, in_order(engine.train(broadcast, drawn), drawn), len(drawn), watcher)
-    needed = max(1, math.ceil(recipe.federation.quorum * len(drawn) - 1e-9))
-    if len(collected.uploads) < needed:
-        dropped = "; ".join(f"{client}: {reason}" for client, reason in collected.dropped.items())
-        raise RunError(
-            f"round {number}: {len(collected.uploads)} of {len(drawn)} uploads were usable, the quorum is {needed} "
-            f"(federation.quorum); the last good state is kept; dropped: {dropped}"
-        )
+    _check_quorum(recipe, number, collected, len(drawn))
     since = time.perf_counter()
     reduced = collected.reduction.result()
     if recipe.method.capabilities.second_phase:
-        reduced = replace(reduced, answer=_second_phase(recipe, engine, state, reduced, collected))
+        reduced = replace(reduced, answer=_second_phase(recipe, engine, state, reduced, collected, watcher))
+        _check_quorum(recipe, number, collected, len(drawn))
     engine.settle(collected.uploads.keys())
     state = serve(recipe, state, reduced)
     if collected.variates is not None:
@@ -124,6 +119,19 @@ def play_round(
     return state, record
 
 
+def _check_quorum(recipe: Recipe, round: int, collected: Collected, drawn: int) -> None:
+    needed = max(1, math.ceil(recipe.federation.quorum * drawn - 1e-9))
+    if len(collected.uploads) < needed:
+        raise RunError(
+            f"round {round}: {len(collected.uploads)} of {drawn} uploads were usable, the quorum is {needed} "
+            f"(federation.quorum); the last good state is kept; dropped: {_reasons(collected)}"
+        )
+
+
+def _reasons(collected: Collected) -> str:
+    return "; ".join(f"{client}: {reason}" for client, reason in collected.dropped.items())
+
+
 def serve(recipe: Recipe, state: ServerState, reduced: Reduced) -> ServerState:
     """The server's half of a round: the optimizer on the average's change, then the method."""
     number, old = state.broadcast.round, state.broadcast.adapter
@@ -144,25 +152,28 @@ def next_variate(broadcast: Broadcast, change: Adapter, share: float) -> Adapter
 
 
 def _second_phase(
-    recipe: Recipe, engine: Engine, state: ServerState, reduced: Reduced, collected: Collected
+    recipe: Recipe, engine: Engine, state: ServerState, reduced: Reduced, collected: Collected, watcher: Watcher
 ) -> Adapter:
-    """The mean of the answers of the clients whose uploads are in `reduced`, with the weights that they had there."""
+    """The mean of the answers, with the weights of the first phase. A client without one is dropped from the round."""
     question = recipe.method.ask(state, reduced)
     clients = sorted(collected.uploads)
     answers = Reduction(question, frozenset({"a"}))
     for result in in_order(engine.answer(question, clients), clients):
-        if isinstance(result, Failure):
-            collected.dropped[result.client] = f"second phase: {result.reason}"
-            continue
         try:
-            check_upload(result, question, replace(recipe.checks, max_norm=None))
+            if isinstance(result, Failure):
+                raise RejectedUpload(result.reason)
+            check_upload(result, question, recipe.checks)
         except RejectedUpload as problem:
-            collected.dropped[result.client] = f"second phase: {problem}"
+            reason = collected.dropped[result.client] = f"second phase: {problem}"
+            del collected.uploads[result.client]
+            watcher.client_done(result.client, reason)
             continue
         answers.add(result.adapter, collected.uploads[result.client].weight)
         collected.bytes_up += result.adapter.bytes(frozenset({"a"}))
     if not answers.count:
-        raise RunError(f"round {state.broadcast.round}: no answer of the second phase was usable")
+        raise RunError(
+            f"round {state.broadcast.round}: no answer of the second phase was usable; dropped: {_reasons(collected)}"
+        )
     collected.bytes_down += question.bytes(frozenset({"b"})) * len(clients)
     return answers.result().mean
 
@@ -212,7 +223,8 @@ def collect(
         observer(recipe.diagnostics, broadcast.round, asked, seed_of(recipe.seed, broadcast.round))
         if watched
         else None,
-        Reduction(broadcast.adapter, parts) if recipe.local.scaffold else None,
+        # Parts that do not travel have no change of their control variates.
+        Reduction(broadcast.adapter.map(torch.zeros_like), parts) if recipe.local.scaffold else None,
     )
     for result in results:
         reason = _take_in(recipe, broadcast.adapter, result, collected)

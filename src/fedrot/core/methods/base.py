@@ -44,6 +44,8 @@ class Capabilities:
     """The server asks the clients a second question in the same round, and uploads are not the clients' factors."""
     server_optimizer: bool = True
     """The averaged change may go through a server optimizer; only where the reduction is 'sum'."""
+    reports_turn: bool = True
+    """What a client did to its factors after training is known from the rotation that it reports."""
     standalone: bool = True
     """Makes sense on adapters alone, without a training round: offered by `fedrot.aggregate`."""
     control: bool = False
@@ -57,7 +59,8 @@ class Capabilities:
     @property
     def variates(self) -> bool:
         """SCAFFOLD's control variates keep their meaning: one frame and one set of parameters for all rounds."""
-        return self.reduction == "sum" and not (self.second_phase or self.personal or self.pooled)
+        lost = self.second_phase or self.personal or self.pooled or not self.reports_turn
+        return self.reduction == "sum" and not lost
 
     def takes(self) -> list[str]:
         """What can be combined with it, in short words."""

@@ -25,7 +25,7 @@ class _ChangesBase(Method):
     def changed(state: ServerState, adapter: Adapter, pairs: Pairs) -> ServerState:
         """The next state: `adapter` to train from, and `pairs` added to the base weights."""
         last = state.broadcast
-        step = change_of(adapter, pairs)
+        step = joined(change_of(adapter, pairs))
         delta = step if last.base_delta is None else joined(last.base_delta, step)
         return ServerState(Broadcast(last.round + 1, adapter, base_delta=delta, base_step=step), state.memory)
 

@@ -62,7 +62,7 @@ class Rescale(Method):
     name: ClassVar[str] = "rescale"
     paper: ClassVar[str] = "arXiv 2602.23638, ablation"
     needs_reference: ClassVar[bool] = True
-    capabilities: ClassVar[Capabilities] = _CONTROL
+    capabilities: ClassVar[Capabilities] = replace(_CONTROL, reports_turn=False)
 
     def client(self, local: Adapter, broadcast: Broadcast, seat: Seat, rng: torch.Generator) -> ClientResult:
         """(A_i / c, B_i c) for every layer."""
@@ -128,7 +128,7 @@ class AsPublished(FedRot):
     name: ClassVar[str] = "as_published"
     paper: ClassVar[str] = "the published code of arXiv 2602.23638"
     weighting: ClassVar[Weighting | None] = "used"
-    capabilities: ClassVar[Capabilities] = replace(_CONTROL, mixed_ranks=False)
+    capabilities: ClassVar[Capabilities] = replace(_CONTROL, mixed_ranks=False, reports_turn=False)
 
     def client(self, local: Adapter, broadcast: Broadcast, seat: Seat, rng: torch.Generator) -> ClientResult:
         """(R^T A_i, B_i R) with the rotation in half precision."""
