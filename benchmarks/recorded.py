@@ -62,7 +62,7 @@ class OwnStarts(FedIT):
 
 
 def record(setting: Setting, trec: Path | None, steps: int = 20) -> Iterator[Recorded]:
-    """The rounds of a setting in which alignment has something to align: from round 1, or round 0 of own starts."""
+    """The rounds of a setting; with own starts the first one alone, since all clients share a start after it."""
     recipe = _recipe(setting, trec, steps)
     ready = prepare(recipe)
     if setting.start == "own":
@@ -71,9 +71,8 @@ def record(setting: Setting, trec: Path | None, steps: int = 20) -> Iterator[Rec
     state = recipe.method.start(first_adapter(recipe, ready.model))
     for number in range(1 if setting.start == "own" else ROUNDS):
         uploads = [one for one in engine.train(state.broadcast, engine.clients) if isinstance(one, Upload)]
-        if setting.start == "own" or number > 0:
-            adapters = [_part(one.adapter) for one in uploads]
-            yield Recorded(number, _part(state.broadcast.adapter), adapters, [float(one.held) for one in uploads])
+        adapters = [_part(one.adapter) for one in uploads]
+        yield Recorded(number, _part(state.broadcast.adapter), adapters, [float(one.held) for one in uploads])
         mean = Reduction(state.broadcast.adapter, frozenset({"a", "b", "head"}))
         for one in uploads:
             mean.add(one.adapter, float(one.held))

@@ -8,7 +8,7 @@ import csv
 import itertools
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ import torch
 from fedrot.core.adapter import stacks
 from fedrot.core.aggregate import combine
 from fedrot.core.best_rotation import best_rotation_error2
+from fedrot.core.methods import get_method
+from fedrot.core.methods.base import Broadcast, ServerState
+from fedrot.core.reduce import Reduction
+from fedrot.core.seeding import generator
 from recorded import Recorded, Setting, record, trec_tables
 
 CSV = Path(__file__).parents[1] / "docs" / "results" / "replay.csv"
@@ -51,6 +55,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+MEMORY: dict[str, tuple[str, dict[str, Any]]] = {
+    "sum: fedit": ("fedit", {}),
+    "sum: fedrot_svd": ("fedrot_svd", {}),
+    "sum: fedrot_svd feedback": ("fedrot_svd", {"feedback": True}),
+}
+
+
 def replay(one: Recorded) -> Iterator[tuple[str, float, float]]:
     """(variant, error before, error / error before); before is relative to the ideal update."""
     for variant, (method, settings) in VARIANTS.items():
@@ -69,13 +80,46 @@ def _best(one: Recorded) -> float:
     return total**0.5
 
 
+def kept_errors(rounds: Sequence[Recorded]) -> Iterator[tuple[str, float, float]]:
+    """(variant, 1, ratio): what a method has lost of all rounds together, ||sum_t (sent_t - ideal_t)||, over FedIT's.
+
+    This is what error feedback is for: it sends later what it could not send at once.
+    """
+    lost = {name: _lost(rounds, *made) for name, made in MEMORY.items()}
+    for name, value in lost.items():
+        yield name, 1.0, value / lost["sum: fedit"]
+
+
+def _lost(rounds: Sequence[Recorded], name: str, settings: dict[str, Any]) -> float:
+    method = get_method(name)(**settings)
+    memory: Mapping[str, torch.Tensor] = {}
+    lost: dict[str, torch.Tensor] = {}
+    for one in rounds:
+        mean = Reduction(one.adapters[0], frozenset({"a", "b"}), keep=True)
+        for adapter, weight in zip(one.adapters, one.weights, strict=True):
+            mean.add(adapter, weight)
+        reduced = mean.result()
+        state = ServerState(Broadcast(one.round, one.reference), memory)
+        state = method.server(state, reduced, generator("replay", one.round))
+        memory = state.memory
+        for layer, pair in state.broadcast.adapter.layers.items():
+            ideal = sum((p * a.layers[layer].delta().double() for p, a in reduced.factors), torch.zeros(()))
+            lost[layer] = lost.get(layer, torch.zeros(())) + pair.delta().double() - ideal
+    return float(sum(total.square().sum() for total in lost.values())) ** 0.5
+
+
 def measure(settings: Sequence[Setting], trec: Path | None, steps: int) -> Iterator[tuple[Any, ...]]:
     """Rows of the file."""
     for setting in settings:
         began = time.perf_counter()
-        for one in record(setting, trec, steps):
+        rounds = list(record(setting, trec, steps))
+        # Round 0 of a common start is not aligned by anybody: B_ref is zero.
+        for one in rounds if setting.start == "own" else rounds[1:]:
             for variant, before, ratio in replay(one):
                 yield (*vars(setting).values(), one.round, variant, f"{before:.6g}", f"{ratio:.6g}")
+        if len(rounds) > 1:
+            for variant, before, ratio in kept_errors(rounds):
+                yield (*vars(setting).values(), "all", variant, f"{before:.6g}", f"{ratio:.6g}")
         print(f"{setting}: {time.perf_counter() - began:.0f} s", flush=True)
 
 

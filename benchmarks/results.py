@@ -61,10 +61,20 @@ def replay_table(rows: Rows, start: str) -> str:
     lines = [["variant", *(f"{task} {optimizer} r={rank}" for task, optimizer, rank in where)]]
     before = [mean(values(rows, start, column, "floor", "before")) for column in where]
     lines.append(["error before, of the ideal update", *(f"{value:.2%}" for value in before)])
-    for variant in dict.fromkeys(row["variant"] for row in rows):
+    for variant in dict.fromkeys(row["variant"] for row in rows if row["round"] != "all"):
         found = [values(rows, start, column, variant) for column in where]
         bold = "**" if variant in ("floor", "best rotation") else ""
         lines.append([bold + variant + bold, *(spread(each) for each in found)])
+    return markdown(lines)
+
+
+def memory_table(rows: Rows) -> str:
+    """What is lost of all rounds together, with and without error feedback, over FedIT's."""
+    where = columns(rows)
+    lines = [["method", *(f"{task} {optimizer} r={rank}" for task, optimizer, rank in where)]]
+    for variant in dict.fromkeys(row["variant"] for row in rows if row["round"] == "all"):
+        found = [spread(values(rows, "common", column, variant)) for column in where]
+        lines.append([variant.removeprefix("sum: "), *found])
     return markdown(lines)
 
 
@@ -147,6 +157,7 @@ def page(rows: Rows, table: str) -> str:
             common=replay_table(rows, "common"),
             own=replay_table(rows, "own"),
             claims=claims(rows),
+            memory=memory_table(rows),
             vader=table,
         )
     )
