@@ -1,7 +1,6 @@
 """What `fedrot.aggregate` refuses, each with one line that names it."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch

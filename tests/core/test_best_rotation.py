@@ -8,8 +8,9 @@ from core_helpers import SHAPES, dense_errors, make_adapter, moved, random_rotat
 
 from fedrot.core.adapter import Adapter
 from fedrot.core.alignment import find_rotations, rotate
-from fedrot.core.best_rotation import best_rotation_error2
+from fedrot.core.best_rotation import best_rotation_error2, common_frame, search_rotations
 from fedrot.core.diagnostics import AggregationErrors, ExactErrors, exact_errors
+from fedrot.core.linalg import procrustes
 
 SMALL = {"q": (9, 8), "v": (9, 8), "o": (7, 10)}
 
@@ -164,3 +165,63 @@ def test_the_caller_s_gradients_are_left_alone():
         found = errors_of(adapters, [1.0, 1.0])
     assert found.keys() == SHAPES.keys()
     assert all(t.grad is None for a in adapters for _, t in a.tensors())
+
+
+def stacked(adapters: list[Adapter], name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, 1, r, d_in) and (N, 1, d_out, r)."""
+    pairs = [adapter.layers[name] for adapter in adapters]
+    return torch.stack([p.a for p in pairs])[:, None], torch.stack([p.b for p in pairs])[:, None]
+
+
+def error_under(a: torch.Tensor, b: torch.Tensor, p: torch.Tensor, r: torch.Tensor) -> float:
+    weight = p.reshape(-1, 1, 1, 1)
+    averaged = (weight * (b @ r)).sum(0) @ (weight * (r.mT @ a)).sum(0)
+    return float(((weight * (b @ a)).sum(0) - averaged).square().sum())
+
+
+@pytest.mark.parametrize("iterations", [0, 5, 60])
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_rotations_that_are_searched_are_rotations_and_never_worse_than_none(
+    iterations: int, rank: int, seed: int
+) -> None:
+    clients = [make_adapter(10 * seed + i, rank, shapes=SMALL, dtype=torch.float64) for i in range(3)]
+    p = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    for name in SMALL:
+        a, b = stacked(clients, name)
+        r = search_rotations(a, b, p, iterations)
+        torch.testing.assert_close(r @ r.mT, torch.eye(rank).double().expand(r.shape), atol=1e-9, rtol=0)
+        torch.testing.assert_close(torch.linalg.det(r), torch.ones(3, 1).double(), atol=1e-9, rtol=0)
+        eye = torch.eye(rank, dtype=torch.float64).expand(r.shape)
+        found, none = error_under(a, b, p, r), error_under(a, b, p, eye)
+        assert found <= none * (1 + 1e-12)
+        if iterations == 60 and rank > 1:
+            assert found < none
+            # The yardstick starts from several places, this search from one.
+            assert float(best_rotation_error2(a, b, p)[0]) * (1 - 1e-6) <= found
+
+
+def test_more_steps_of_the_search_lose_less() -> None:
+    clients = [make_adapter(i, 4, shapes=SMALL, dtype=torch.float64) for i in range(4)]
+    p = torch.full((4,), 0.25, dtype=torch.float64)
+    a, b = stacked(clients, "q")
+    errors = [error_under(a, b, p, search_rotations(a, b, p, steps)) for steps in (0, 5, 40)]
+    assert errors[2] < errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_common_frame_is_found_for_turned_copies_and_is_a_fixed_point_of_procrustes(seed: int) -> None:
+    base = make_adapter(seed, 4, shapes={"q": (9, 8)}, dtype=torch.float64)
+    copies = [turned(base, random_rotations(seed + k, base)) for k in (10, 20, 30)]
+    weight = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).reshape(-1, 1, 1, 1)
+    a, b = stacked(copies, "q")
+    r = common_frame(a, b, weight)
+    together = r.mT @ a
+    torch.testing.assert_close(together[1:], together[:1].expand(together[1:].shape), atol=1e-7, rtol=0)
+    noisy = [moved(copy, seed + 5 * i, 0.05) for i, copy in enumerate(copies)]
+    a, b = stacked(noisy, "q")
+    r = common_frame(a, b, weight, sweeps=50)
+    mean_a, mean_b = (weight * (r.mT @ a)).sum(0), (weight * (b @ r)).sum(0)
+    spread_a, spread_b = ((weight * (x - m).square()).sum(0).mean() for x, m in ((r.mT @ a, mean_a), (b @ r, mean_b)))
+    again = procrustes(a @ mean_a.mT / spread_a + b.mT @ mean_b / spread_b)
+    torch.testing.assert_close(again, r, atol=1e-4, rtol=0)

@@ -163,6 +163,36 @@ def test_rotations_of_some_layers_only_are_rejected():
         check_upload(upload(GOOD, {"enc.0.out": torch.eye(3)}), FORM, OPEN)
 
 
+def test_a_control_variate_is_asked_for_or_not_and_nothing_else_will_do():
+    variate = moved(FORM, 2)
+    check_upload(upload(GOOD, variate=variate), FORM, OPEN, variate=True)
+    check_upload(upload(GOOD), FORM, OPEN, variate=False)
+    with refused("upload", "no control variate", "local.scaffold", error=RejectedUpload):
+        check_upload(upload(GOOD), FORM, OPEN, variate=True)
+    with refused("upload", "a control variate", "local.scaffold", error=RejectedUpload):
+        check_upload(upload(GOOD, variate=variate), FORM, OPEN)
+
+
+@pytest.mark.parametrize(
+    ("variate", "words"),
+    [
+        (with_pair("enc.0.out", None), ("'enc.0.out'", "missing")),
+        (with_tensor("head/classifier.bias", torch.ones(1, 3)), ("classifier.bias", "(1, 3)", "(3,)")),
+        (GOOD.map(Tensor.double), ("float64", "float32")),
+        (spoilt("layers/enc.1.query/b", math.nan), ("layers/enc.1.query/b", "not finite")),
+        (spoilt("head/classifier.bias", math.inf), ("head/classifier.bias", "not finite")),
+        (make_adapter(0, scale=4.0), ("scale 4.0", "2.0")),
+    ],
+)
+def test_a_control_variate_has_the_broadcast_s_form_and_finite_values(variate, words):
+    with refused("control variate", *words, error=RejectedUpload):
+        check_upload(upload(GOOD, variate=variate), FORM, OPEN, variate=True)
+
+
+def test_the_norm_bound_is_on_the_factors_and_not_on_the_variate():
+    check_upload(upload(FORM, variate=GOOD), FORM, CheckSettings(max_norm=0.0), variate=True)
+
+
 MEASURED = {"drift_a": 1.0, "drift_b": 0.5, "move2": 1.25, "gauge2": 0.1, "angle": 0.0, "turn": 0.0}
 USUAL = {"loss": 0.5, "steps": 2, "tokens": 40}
 NO_NUMBERS = [math.nan, math.inf, "0.5", None, True, [1.0]]

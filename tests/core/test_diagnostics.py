@@ -7,14 +7,17 @@ import torch
 from core_helpers import (
     SHAPES,
     dense_errors,
+    distance,
     make_adapter,
     moved,
+    product,
     quick,
     random_rotations,
     ranks,
     seeds,
     turned,
     upload,
+    weighted,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -246,3 +249,49 @@ def test_the_best_rotation_is_searched_only_on_request():
         for i in range(2):
             found.add(upload(make_adapter(i)), 1.0)
         assert ("rho" in found.result().totals()) == rho
+
+
+@quick
+@given(seeds, ranks, st.integers(1, 4), st.lists(st.integers(1, 12), min_size=1, max_size=3), st.booleans())
+def test_what_was_sent_is_measured_against_the_ideal_update_whatever_its_ranks_and_scales(
+    seed: int, rank: int, count: int, sent_ranks: list[int], fan_in_fan_out: bool
+) -> None:
+    uploads = [make_adapter(seed + i, rank, dtype=torch.float64, fan_in_fan_out=fan_in_fan_out) for i in range(count)]
+    sent = [make_adapter(seed + 50 + i, r, 0.5 + i, dtype=torch.float64) for i, r in enumerate(sent_ranks)]
+    weights = [1.0 + i for i in range(count)]
+    errors = ExactErrors()
+    for adapter, weight in zip(uploads, weights, strict=True):
+        errors.add(upload(adapter), weight)
+    found = errors.result(sent).layers
+    assert all("sent2" not in layer for layer in errors.result().layers.values())
+    for name in SHAPES:
+        ideal = weighted([product(a.layers[name]) for a in uploads], weights)
+        made = sum(product(one.layers[name]) for one in sent)
+        assert found[name]["sent2"] == pytest.approx(distance(ideal, made) ** 2, rel=1e-9)
+    totals = errors.result(sent).totals()
+    assert totals["sent"] == pytest.approx(math.sqrt(sum(layer["sent2"] for layer in found.values())))
+
+
+def test_a_round_that_lost_nothing_is_measured_as_that_to_the_rounding_of_the_factors() -> None:
+    uploads = [make_adapter(i, 3, dtype=torch.float64) for i in range(3)]
+    errors = ExactErrors()
+    for adapter in uploads:
+        errors.add(upload(adapter), 1.0)
+    # The uploads themselves, at a third of their scale, are what a base change may be.
+    parts = [Adapter({n: LoraPair(p.a, p.b, p.scale / 3) for n, p in one.layers.items()}) for one in uploads]
+    for layer in errors.result(parts).layers.values():
+        assert layer["sent2"] < 1e-28 * layer["ideal2"]
+
+
+def test_what_was_sent_is_measured_in_the_frames_the_uploads_came_in() -> None:
+    """Turning leaves an update what it was: aligned or not, the ideal is the same."""
+    locals_ = [make_adapter(i, dtype=torch.float64) for i in range(3)]
+    sent = make_adapter(9, dtype=torch.float64)
+    plain, rotated = ExactErrors(), ExactErrors()
+    for i, local in enumerate(locals_):
+        rotation = random_rotations(i, local)
+        plain.add(upload(local), 1.0)
+        rotated.add(upload(turned(local, rotation), rotation), 1.0)
+    one, other = plain.result([sent]).layers, rotated.result([sent]).layers
+    for name in SHAPES:
+        assert other[name]["sent2"] == pytest.approx(one[name]["sent2"], rel=1e-9)

@@ -9,7 +9,7 @@ import torch
 from core_helpers import make_adapter, moved, random_rotations, turned, upload
 from torch import Tensor
 
-from fedrot.core.adapter import Adapter
+from fedrot.core.adapter import Adapter, LoraPair
 from fedrot.core.diagnostics import AggregationErrors, ExactErrors, SketchObserver
 from fedrot.core.sketch import SketchedErrors
 
@@ -69,6 +69,42 @@ def test_the_floor_is_never_above_the_error(count):
         for adapter in clients(rank, 0.5, count=count):
             sketch.add(adapter, 1.0)
         assert all(layer["floor2"] <= layer["before2"] for layer in sketch.layers().values())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_was_sent_is_near_the_exact_distance_for_one_adapter_or_several(seed: int) -> None:
+    sketched, exact = SketchObserver(64, seed), ExactErrors()
+    for local, weight in zip(clients(4, 0.5, seed), WEIGHTS, strict=True):
+        for observer in (sketched, exact):
+            observer.add(upload(local), weight)
+    near = moved(make_adapter(seed, 4, shapes=SHAPES), 7, 0.2)
+    extra = make_adapter(77, 9, 0.1, shapes=SHAPES)
+    for sent in ([near], [near, extra]):
+        estimated, truth = sketched.result(sent), exact.result(sent)
+        assert estimated.totals()["sent"] == pytest.approx(truth.totals()["sent"], rel=0.1)
+        for name, layer in estimated.layers.items():
+            assert math.sqrt(layer["sent2"]) == pytest.approx(math.sqrt(truth.layers[name]["sent2"]), rel=0.3)
+    assert "sent" not in sketched.result().totals()
+
+
+def test_the_average_that_was_sent_is_estimated_as_the_error_after_and_a_perfect_answer_as_none() -> None:
+    sketch = SketchObserver(16, 0)
+    uploads = clients(4, 0.5, count=40)
+    for local in uploads:
+        sketch.add(upload(local), 1.0)
+    mean = Adapter({
+        n: LoraPair(
+            torch.stack([u.layers[n].a.double() for u in uploads]).mean(0),
+            torch.stack([u.layers[n].b.double() for u in uploads]).mean(0),
+            uploads[0].layers[n].scale,
+        )
+        for n in SHAPES
+    })  # fmt: skip
+    for layer in sketch.result([mean]).layers.values():
+        assert layer["sent2"] == pytest.approx(layer["after2"], rel=1e-9)
+    whole = [Adapter({n: LoraPair(p.a, p.b, p.scale / 40) for n, p in one.layers.items()}) for one in uploads]
+    for layer in sketch.result(whole).layers.values():
+        assert layer["sent2"] < 1e-10 * layer["ideal2"]
 
 
 def test_an_update_of_low_rank_has_a_floor_of_nothing():

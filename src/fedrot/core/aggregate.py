@@ -9,7 +9,7 @@ from fedrot.core.alignment import check_finite
 from fedrot.core.diagnostics import AggregationErrors, exact_errors, sent_errors
 from fedrot.core.errors import AdapterError, FedrotError, RecipeError, choices
 from fedrot.core.methods import get_method, methods
-from fedrot.core.methods.base import Broadcast, Method, Reduced, Seat, ServerState
+from fedrot.core.methods.base import ALL_PARTS, Broadcast, Method, Reduced, Seat, ServerState
 from fedrot.core.products import joined
 from fedrot.core.ranks import first_frames, pad
 from fedrot.core.reduce import Reduction, as_float32
@@ -79,23 +79,23 @@ def errors_of(adapters: Sequence[Adapter], weights: Sequence[float], made: Adapt
 def alike(adapters: Sequence[Adapter]) -> list[Adapter]:
     """The adapters in one form, their updates kept: padded to the largest rank of each layer, at the first one's scale.
 
+    Half precision is widened only where a scale is converted: alignment must know what is rounding in the factors.
     Raises `AdapterError` naming the adapter that has other layers, outer shapes, orientation or head.
     """
-    widened = [as_float32(adapter) for adapter in adapters]
-    for index, adapter in enumerate(widened):
+    for index, adapter in enumerate(adapters):
         check_finite(adapter)
-        same_form(_outer(adapter), _outer(widened[0]), who=f"adapters[{index}]")
+        same_form(_outer(adapter), _outer(adapters[0]), who=f"adapters[{index}]")
         for name, pair in adapter.layers.items():
-            if pair.fan_in_fan_out != widened[0].layers[name].fan_in_fan_out:
+            if pair.fan_in_fan_out != adapters[0].layers[name].fan_in_fan_out:
                 raise AdapterError(
                     f"adapters[{index}]: layer {name!r} has fan_in_fan_out {pair.fan_in_fan_out}: it fits other base "
                     "layers"
                 )
     layers = {}
-    for name, pair in widened[0].layers.items():
-        widest = max((adapter.layers[name] for adapter in widened), key=lambda p: p.rank)
+    for name, pair in adapters[0].layers.items():
+        widest = max((adapter.layers[name] for adapter in adapters), key=lambda p: p.rank)
         layers[name] = replace(pair, a=widest.a, b=widest.b)
-    return [_like(adapter, replace(widened[0], layers=layers)) for adapter in widened]
+    return [_like(adapter, replace(adapters[0], layers=layers)) for adapter in adapters]
 
 
 def _like(adapter: Adapter, form: Adapter) -> Adapter:
@@ -103,6 +103,8 @@ def _like(adapter: Adapter, form: Adapter) -> Adapter:
     layers = {}
     for name, pair in adapter.layers.items():
         one = Adapter({name: form.layers[name]})
+        if pair.scale != form.layers[name].scale:
+            pair = as_float32(Adapter({name: pair})).layers[name]
         layers[name] = pad(Adapter({name: pair}), first_frames(one, pair.rank), one).layers[name]
     return replace(adapter, layers=layers)
 
@@ -149,14 +151,22 @@ def _prepared(
                     f"reference: layer {name!r} has rank {reference.layers[name].rank}, "
                     f"the widest adapter has {pair.rank}"
                 )
-        reference = _like(as_float32(reference), parts[0])
-    return kind.standalone(**settings), parts, weights, reference or parts[0]
+        reference = _like(reference, parts[0])
+    return kind.standalone(**settings), parts, weights, reference or _mean(parts, weights)
+
+
+def _mean(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """The factor-wise mean, which stands in where there is no common start: no adapter is privileged."""
+    mean = Reduction(as_float32(adapters[0]), ALL_PARTS)
+    for adapter, weight in zip(adapters, weights, strict=True):
+        mean.add(adapter, weight)
+    return mean.result().mean
 
 
 def _combine(method: Method, adapters: Sequence[Adapter], weights: Sequence[float], reference: Adapter) -> Adapter:
     # Round 1 is the first in which a method does all that it does.
     state = ServerState(Broadcast(round=1, adapter=reference))
-    reduction = Reduction(adapters[0], method.uploads(1), keep=method.capabilities.reduction == "factors")
+    reduction = Reduction(as_float32(adapters[0]), method.uploads(1), keep=method.capabilities.reduction == "factors")
     for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         result = method.client(adapter, state.broadcast, Seat(name=str(index)), generator("aggregate", index))
         reduction.add(result.adapter, weight)

@@ -7,6 +7,7 @@ average of several clients' factors keeps. arXiv 2602.23638.
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -50,7 +51,7 @@ def align(
         softening: 'linear' is the paper's, the rotation nearest to (1 - lambda) I + lambda R; 'regularised' turns each
             direction only as far as the data say (`linalg.regularised`).
         guard: leave a layer as it is where turning would not bring both factors together nearer to the reference by
-            more than noise does (`nearing`).
+            more than noise does (`worth_turning`).
 
     Raises:
         ValueError: strength outside [0, 1] or not finite, an unknown factor, other layers, shapes or ranks.
@@ -108,9 +109,7 @@ def find_rotations(
         eps = max(torch.finfo(pair.a.dtype).eps for pair in pairs)
         (a, a_ref), (b, b_ref) = stack.a, stack.b
         m, noise = _correlation(a, b, a_ref, b_ref, factor, eps)
-        both = a @ a_ref.mT + b.mT @ b_ref
-        distance2 = sum((x - y).square().sum((-2, -1)) for x, y in ((a, a_ref), (b, b_ref)))
-        share = (a.shape[-2] - 1) / (2 * (a.shape[-1] + b.shape[-2]))
+        worth = partial(worth_turning, a=a, b=b, a_ref=a_ref, b_ref=b_ref, eps=eps)
 
         def turned(lam: float, m: Tensor = m, noise: Tensor = noise) -> Tensor:
             if softening == "regularised":
@@ -119,30 +118,54 @@ def find_rotations(
 
         if strength == "auto":
             tried = torch.stack([turned(lam) for lam in _STRENGTHS])
-            best = nearing(tried, both).argmax(0)
+            best = torch.stack([worth(one) for one in tried]).argmax(0)
             rotation = tried.gather(0, best[None, :, None, None].expand(1, *tried.shape[1:]))[0]
         else:
             rotation = turned(strength)
         if guard or strength == "auto":
             eye = torch.eye(a.shape[-2], dtype=a.dtype, device=a.device)
-            worth = nearing(rotation, both) > 0.5 * share * distance2
-            rotation = torch.where(worth[:, None, None], rotation, eye)
+            share = (a.shape[-2] - 1) / (2 * (a.shape[-1] + b.shape[-2]))
+            rotation = torch.where((worth(rotation) > 0.5 * share)[:, None, None], rotation, eye)
         found.update(zip(stack.names, rotation, strict=True))
     return found
 
 
-def nearing(
-    rotation: Tensor,  # (..., r, r)
-    both: Tensor,  # (..., r, r) A A_ref^T + B^T B_ref
-) -> Tensor:  # (...)
-    """By how much turning brings both factors nearer to the reference: the fall of ||A - A_ref||^2 + ||B - B_ref||^2.
+def worth_turning(
+    rotation: Tensor,  # (L, r, r)
+    a: Tensor,  # (L, r, d_in)
+    b: Tensor,  # (L, d_out, r)
+    a_ref: Tensor,
+    b_ref: Tensor,
+    eps: float,
+) -> Tensor:  # (L)
+    """By which share turning lowers the squared distance of both factors to the reference, the lesser of two measures.
 
-    A gradient step is orthogonal to the orbit of frames, so after plain gradient descent no turn brings both factors
-    nearer; what turns one factor alone then takes from the other. Isotropic noise would give the turning directions
-    (r - 1) / (2 (d_in + d_out)) of the squared distance: half of that is what a turn must bring under the guard.
+    In the plain distance ||A - A_ref||^2 + ||B - B_ref||^2 a gradient step is orthogonal to the orbit of frames, so
+    after plain gradient descent no turn lowers it: what turns one factor to the reference takes from the other. With
+    each factor over its mean squared residual, as for 'joint', a turn that follows one factor's noise costs the other
+    more than it gains. Isotropic noise alone would give the turning directions (r - 1) / (2 (d_in + d_out)) of either:
+    half of that is what a turn must bring under the guard.
     """
     eye = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
-    return 2 * ((rotation - eye) * both).sum((-2, -1))
+    inner = [a @ a_ref.mT, b.mT @ b_ref]
+    distance2 = [(a - a_ref).square().sum((-2, -1)), (b - b_ref).square().sum((-2, -1))]
+    shares = []
+    for weights in ([torch.ones_like(d) for d in distance2], _weights(a, b, a_ref, b_ref, eps)):
+        # ||R^T A - A_ref||^2 = ||A||^2 + ||A_ref||^2 - 2 tr(R^T A A_ref^T), and likewise for B.
+        fall = sum(2 * w * ((rotation - eye) * m).sum((-2, -1)) for w, m in zip(weights, inner, strict=True))
+        whole = sum(w * d for w, d in zip(weights, distance2, strict=True))
+        shares.append(fall / torch.as_tensor(whole).clamp_min(torch.finfo(a.dtype).tiny))
+    return torch.minimum(shares[0], shares[1])
+
+
+def _weights(a: Tensor, b: Tensor, a_ref: Tensor, b_ref: Tensor, eps: float) -> list[Tensor]:
+    """One over the mean squared residual of A and of B, (L) each."""
+    found = []
+    for x, y in ((a, a_ref), (b, b_ref)):
+        # A factor that stayed where it was would count without limit: its residual is taken as rounding's at least.
+        least = (eps * y.norm(dim=(-2, -1))).square() / (y.shape[-2] * y.shape[-1])
+        found.append(1 / torch.maximum((x - y).square().mean((-2, -1)), least.clamp_min(torch.finfo(y.dtype).tiny)))
+    return found
 
 
 def _correlation(
@@ -154,10 +177,7 @@ def _correlation(
         left, right = sides[factor]
         return left @ right, _noise(eps, left, right)
     m, noise = torch.zeros(()), torch.zeros(())
-    for (left, right), x, y in ((sides["A"], a, a_ref), (sides["B"], b, b_ref)):
-        # A factor that stayed where it was would count without limit: its residual is taken as rounding's at least.
-        least = (eps * y.norm(dim=(-2, -1))).square() / (y.shape[-2] * y.shape[-1])
-        weight = 1 / torch.maximum((x - y).square().mean((-2, -1)), least.clamp_min(torch.finfo(y.dtype).tiny))
+    for (left, right), weight in zip(sides.values(), _weights(a, b, a_ref, b_ref, eps), strict=True):
         m = m + weight[:, None, None] * (left @ right)
         noise = noise + weight * _noise(eps, left, right)
     return m, noise

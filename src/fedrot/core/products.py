@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fedrot.core.adapter import Adapter, LoraPair, stacks
 
@@ -38,11 +39,21 @@ def wide(stacked: Tensor, dim: int) -> Tensor:
 Pairs = Mapping[str, tuple[Tensor, Tensor]]  # layer name -> (b (d_out, k), a (k, d_in)), whose product is the update
 
 
+def widened(
+    b: Tensor,  # (..., d_out, k)
+    a: Tensor,  # (..., k, d_in)
+    rank: int,
+) -> tuple[Tensor, Tensor]:  # (..., d_out, rank), (..., rank, d_in)
+    """The same product with columns and rows of zeros up to `rank`, where a layer's sides are smaller than it."""
+    more = rank - a.shape[-2]
+    return (b, a) if more <= 0 else (pad(b, (0, more)), pad(a, (0, 0, 0, more)))
+
+
 def refill(form: Adapter, pairs: Pairs) -> Adapter:
     """`form` with the updates `b @ a`: its scales taken out of b, its dtypes, its head."""
     layers = {}
     for name, pair in form.layers.items():
-        b, a = pairs[name]
+        b, a = widened(*pairs[name], pair.rank)
         layers[name] = replace(pair, a=a.to(pair.a.dtype), b=(b / pair.scale).to(pair.b.dtype))
     return replace(form, layers=layers)
 

@@ -13,7 +13,7 @@ from fedrot.core.aggregate import alike
 from fedrot.core.errors import FedrotError, choices
 from fedrot.core.products import refill
 from fedrot.core.ranks import Frames, pad
-from fedrot.core.reduce import Reduction
+from fedrot.core.reduce import Reduction, as_float32
 from fedrot.core.seeding import seed_of
 
 # What they are called here -> PEFT's combination_type.
@@ -40,7 +40,7 @@ def peft_combination(
         raise FedrotError(f"there is no combination {name!r}; choose {choices(COMBINATIONS)}")
     if not 0 < density <= 1:
         raise FedrotError(f"density must be in (0, 1], got {density!r}")
-    parts = _one_rank(alike(adapters))
+    parts = _one_rank([as_float32(adapter) for adapter in alike(adapters)])
     mean = Reduction(parts[0], frozenset({"a", "b", "head"}))
     for adapter, weight in zip(parts, weights, strict=True):
         mean.add(adapter, weight)

@@ -21,6 +21,7 @@ from fedrot.core.methods.base import (
     register,
 )
 from fedrot.core.methods.rotation import FedRot
+from fedrot.core.reduce import as_float32
 
 _CONTROL = Capabilities(reduction="sum", control=True)
 
@@ -69,6 +70,7 @@ class Rescale(Method):
         if broadcast.round == 0:
             return ClientResult(local, state=seat.state)
         same_layers(local, broadcast.frame)
+        local = as_float32(local)
         layers = {}
         for name, pair in local.layers.items():
             reference = broadcast.frame.layers[name]
@@ -129,6 +131,12 @@ class AsPublished(FedRot):
     paper: ClassVar[str] = "the published code of arXiv 2602.23638"
     weighting: ClassVar[Weighting | None] = "used"
     capabilities: ClassVar[Capabilities] = replace(_CONTROL, mixed_ranks=False, reports_turn=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        strange = {"factor": self.factor == "joint", "softening": self.softening != "linear", "guard": self.guard}
+        for key in [k for k, given in strange.items() if given] + ["strength"] * (self.strength == "auto"):
+            raise RecipeError(f"method.{key}: the published code has no {getattr(self, key)!r}; leave it out")
 
     def client(self, local: Adapter, broadcast: Broadcast, seat: Seat, rng: torch.Generator) -> ClientResult:
         """(R^T A_i, B_i R) with the rotation in half precision."""

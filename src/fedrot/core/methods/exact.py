@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedrot.core.linalg import low_rank, procrustes
 from fedrot.core.methods.base import Broadcast, Capabilities, Method, Reduced, ServerState, register
-from fedrot.core.products import refill, weighted_products
+from fedrot.core.products import refill, weighted_products, widened
 
 
 @register
@@ -40,7 +40,8 @@ class FlexLoRARegauge(Method):
     """FlexLoRA's optimum, turned to the last global factors, so that the frame does not jump.
 
     A = c R^T V^T and B = U S R / (c s), with c the root mean square row norm of the last global A and R in SO(r) the
-    Procrustes rotation of c V^T to it. The product is FlexLoRA's.
+    Procrustes rotation of c V^T to it, up to the signs of singular vectors, which mean nothing. The product is
+    FlexLoRA's.
     """
 
     name: ClassVar[str] = "flexlora_regauge"
@@ -55,7 +56,22 @@ class FlexLoRARegauge(Method):
             last = torch.stack([state.broadcast.adapter.layers[name].a.double() for name in sums.names])
             size = last.norm(dim=(-2, -1), keepdim=True) / last.shape[-2] ** 0.5
             size = torch.where(size > 0, size, torch.ones_like(size))
-            r = procrustes(vh @ last.mT)
-            b, a = u * s[..., None, :] @ r / size, size * (r.mT @ vh)
+            b, a = proper(*widened(u * s[..., None, :], vh, sums.rank), last)
+            r = procrustes(a @ last.mT)
+            b, a = b @ r / size, size * (r.mT @ a)
             found.update(zip(sums.names, zip(b, a, strict=True), strict=True))
         return ServerState(Broadcast(state.broadcast.round + 1, refill(reduced.mean, found)), state.memory)
+
+
+def proper(
+    b: Tensor,  # (..., d_out, r)
+    a: Tensor,  # (..., r, d_in)
+    to: Tensor,  # (..., r, d_in)
+) -> tuple[Tensor, Tensor]:
+    """The same product with the last pair's sign such that a rotation, without reflection, is enough to reach `to`.
+
+    The signs of singular vectors mean nothing, but a wrong one costs SO(r) a whole direction.
+    """
+    sign = torch.linalg.det(a @ to.mT).sign()[..., None, None]
+    sign = torch.where(sign == 0, torch.ones_like(sign), sign)
+    return torch.cat([b[..., :-1], b[..., -1:] * sign], -1), torch.cat([a[..., :-1, :], a[..., -1:, :] * sign], -2)

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fedrot.core.adapter import Adapter, stacks
 from fedrot.core.methods.base import (
@@ -18,6 +19,12 @@ from fedrot.core.methods.base import (
     register,
 )
 from fedrot.core.products import refill
+from fedrot.core.reduce import as_float32
+
+
+def columns(matrix: Tensor, rank: int) -> Tensor:
+    """The matrix with columns of zeros up to `rank`, where a layer's sides are smaller than the rank."""
+    return pad(matrix, (0, rank - matrix.shape[-1]))
 
 
 @register
@@ -46,10 +53,11 @@ class FedASK(Method):
 
     def client(self, local: Adapter, broadcast: Broadcast, seat: Seat, rng: torch.Generator) -> ClientResult:
         """Y_i = B_i (A_i S) in the place of b."""
+        local = as_float32(local)
         layers = dict(local.layers)
         for stack in stacks([local, broadcast.adapter], torch.float64):
             basis, _ = torch.linalg.qr(stack.a[1].mT)
-            sketch = stack.b[0] @ (stack.a[0] @ basis)
+            sketch = columns(stack.b[0] @ (stack.a[0] @ basis), stack.a.shape[-2])
             for i, name in enumerate(stack.names):
                 layers[name] = replace(local.layers[name], b=sketch[i].to(local.layers[name].b.dtype))
         return ClientResult(replace(local, layers=layers), state=seat.state)
@@ -58,7 +66,7 @@ class FedASK(Method):
         """Q = orth(Y) in the place of b."""
         layers = dict(reduced.mean.layers)
         for stack in stacks([reduced.mean], torch.float64):
-            basis, _ = torch.linalg.qr(stack.b[0])
+            basis = columns(torch.linalg.qr(stack.b[0])[0], stack.a.shape[-2])
             for i, name in enumerate(stack.names):
                 layers[name] = replace(layers[name], b=basis[i].to(layers[name].b.dtype))
         return replace(reduced.mean, layers=layers)

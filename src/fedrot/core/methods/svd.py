@@ -10,7 +10,8 @@ from fedrot.core.adapter import Adapter
 from fedrot.core.errors import RecipeError
 from fedrot.core.linalg import low_rank, procrustes, product_norm2
 from fedrot.core.methods.base import Broadcast, Capabilities, Method, Reduced, ServerState, register
-from fedrot.core.products import Products, refill, weighted_products
+from fedrot.core.methods.exact import proper
+from fedrot.core.products import Products, refill, weighted_products, widened
 
 # Above this condition number the general gauge would blow rounding up; a rotation and one scale never do.
 _CONDITION = 1e3
@@ -22,7 +23,7 @@ class FedRotSVD(Method):
     """The best rank-r update in the gauge nearest to the clients' mean factors.
 
     With (B*, A*) the rank-r SVD of M = sum p_i s_i B_i A_i and Abar = sum p_i A_i, the broadcast is (B* G, G^-1 A*),
-    G = A* Abar^T (Abar Abar^T)^-1: the product is FlexLoRA's, A is the nearest to FedIT's that has it. Where G is
+    G = A* Abar^T (Abar Abar^T)^-1: the product is FlexLoRA's, and A is next to FedIT's. Where G is
     ill-conditioned, its polar factor times one scale stands in. Everything in factored form: O(d k^2 + k^3).
 
     With `momentum` beta the server goes to B_t A_t + V with V <- T_q(beta V + M - B_t A_t). With `feedback` it keeps
@@ -64,7 +65,7 @@ class FedRotSVD(Method):
                 b, a = _append((b, a), _recall(memory, "feedback", sums.names))
             u, s, vh = low_rank(b, a, sums.rank + (q if self.feedback else 0))
             r = sums.rank
-            sent_b, sent_a = u[..., :r] * s[..., None, :r], vh[..., :r, :]
+            sent_b, sent_a = widened(u[..., :r] * s[..., None, :r], vh[..., :r, :], r)
             if self.feedback:
                 rest, size = s[..., r:], s[..., :r].norm(dim=-1)
                 most = self.feedback_clip * size / rest.norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
@@ -94,13 +95,16 @@ def gauged(
 ) -> tuple[Tensor, Tensor]:
     """(B G, G^-1 A) with G^-1 A as near to `to` as is safe; the product stays. A product of zero gives (0, to)."""
     r = a.shape[-2]
+    b, a = proper(b, a, to)
     gram = to @ to.mT
     size = torch.diagonal(gram, dim1=-2, dim2=-1).sum(-1) / r
     size = torch.where(size > 0, size, torch.ones_like(size))[..., None, None].sqrt()
     eye = torch.eye(r, dtype=a.dtype, device=a.device)
     g = a @ to.mT @ torch.linalg.pinv(gram, hermitian=True)
     values = torch.linalg.svdvals(g)
-    good = (values[..., :1] < _CONDITION * values[..., -1:])[..., None]
+    least = values[..., -1:]
+    # The second rule: rows of A* that are nowhere near the target would come back without bound.
+    good = ((values[..., :1] < _CONDITION * least) & (least * size[..., 0] > 1 / _CONDITION))[..., None]
     rotation = procrustes(a @ to.mT)
     g = torch.where(good, g, rotation / size)
     inverse = torch.where(good, torch.linalg.inv(torch.where(good, g, eye)), rotation.mT * size)
