@@ -8,13 +8,14 @@ from torch import Tensor
 
 from fedrot.core.adapter import Adapter
 from fedrot.core.errors import RecipeError
-from fedrot.core.linalg import low_rank, procrustes, product_norm2
+from fedrot.core.linalg import low_rank, product_norm2
 from fedrot.core.methods.base import Broadcast, Capabilities, Method, Reduced, ServerState, register
 from fedrot.core.methods.exact import proper
 from fedrot.core.products import Products, refill, weighted_products, widened
 
-# Above this condition number the general gauge would blow rounding up; a rotation and one scale never do.
-_CONDITION = 1e3
+# How far the general gauge may stretch a direction against a rotation of one size. Rows of A* that are far from the
+# clients' mean would come back much too large, and the next round's steps with them.
+_STRETCH = 4.0
 
 
 @register
@@ -23,8 +24,8 @@ class FedRotSVD(Method):
     """The best rank-r update in the gauge nearest to the clients' mean factors.
 
     With (B*, A*) the rank-r SVD of M = sum p_i s_i B_i A_i and Abar = sum p_i A_i, the broadcast is (B* G, G^-1 A*),
-    G = A* Abar^T (Abar Abar^T)^-1: the product is FlexLoRA's, and A is next to FedIT's. Where G is
-    ill-conditioned, its polar factor times one scale stands in. Everything in factored form: O(d k^2 + k^3).
+    G = A* Abar^T (Abar Abar^T)^-1: the product is FlexLoRA's, and A is next to FedIT's. G's singular values
+    are held to within a factor of 4 of those of a rotation at Abar's size. Everything in factored form: O(d k^2 + k^3).
 
     With `momentum` beta the server goes to B_t A_t + V with V <- T_q(beta V + M - B_t A_t). With `feedback` it keeps
     the next q singular terms of what it could not send, at most `feedback_clip` of the norm of what it sent, and adds
@@ -98,16 +99,11 @@ def gauged(
     b, a = proper(b, a, to)
     gram = to @ to.mT
     size = torch.diagonal(gram, dim1=-2, dim2=-1).sum(-1) / r
-    size = torch.where(size > 0, size, torch.ones_like(size))[..., None, None].sqrt()
-    eye = torch.eye(r, dtype=a.dtype, device=a.device)
-    g = a @ to.mT @ torch.linalg.pinv(gram, hermitian=True)
-    values = torch.linalg.svdvals(g)
-    least = values[..., -1:]
-    # The second rule: rows of A* that are nowhere near the target would come back without bound.
-    good = ((values[..., :1] < _CONDITION * least) & (least * size[..., 0] > 1 / _CONDITION))[..., None]
-    rotation = procrustes(a @ to.mT)
-    g = torch.where(good, g, rotation / size)
-    inverse = torch.where(good, torch.linalg.inv(torch.where(good, g, eye)), rotation.mT * size)
+    size = torch.where(size > 0, size, torch.ones_like(size))[..., None].sqrt()
+    left, values, right = torch.linalg.svd(a @ to.mT @ torch.linalg.pinv(gram, hermitian=True))
+    values = values.clamp(1 / (_STRETCH * size), _STRETCH / size)
+    g = left * values[..., None, :] @ right
+    inverse = right.mT / values[..., None, :] @ left.mT
     empty = (product_norm2(b, a) == 0)[..., None, None]
     return torch.where(empty, 0.0, b @ g), torch.where(empty, to, inverse @ a)
 
