@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 RUN := $(VENV)/.run-installed
 DEV := $(VENV)/.dev-installed
+# Tests run in so many processes of one thread each
+PROCESSES ?= 2
 # Options for the demonstration's runs, e.g. DEMO_FLAGS="--rounds 2"
 DEMO_FLAGS ?=
 DEMO_OUT ?= runs/demo
@@ -25,7 +27,7 @@ demo: $(RUN)
 	@$(BIN)/fedrot report $(DEMO_OUT)/fedit $(DEMO_OUT)/fedrot --out $(DEMO_OUT)
 
 test: $(DEV)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
 
 lint: $(DEV)
 	$(BIN)/ruff check .

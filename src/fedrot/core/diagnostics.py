@@ -175,9 +175,9 @@ def sent_errors(adapters: Sequence[Adapter], weights: Sequence[float], sent: Seq
     total = sum(weights)
     found: dict[str, float] = {}
     for sums in weighted_products([(w / total, a) for w, a in zip(weights, adapters, strict=True)]):
-        for i, name in enumerate(sums.names):
-            pairs = [one.layers[name] for one in sent]
-            b = torch.cat([sums.b[i], *(-p.scale * p.b.double() for p in pairs)], dim=1)
-            a = torch.cat([sums.a[i], *(p.a.double() for p in pairs)])
-            found[name] = float(product_singular_values(b, a).square().sum())
+        pairs = [[one.layers[name] for name in sums.names] for one in sent]
+        b = torch.cat([sums.b, *(torch.stack([-p.scale * p.b.double() for p in layers]) for layers in pairs)], dim=-1)
+        a = torch.cat([sums.a, *(torch.stack([p.a.double() for p in layers]) for layers in pairs)], dim=-2)
+        error2 = product_singular_values(b, a).square().sum(-1)
+        found.update(zip(sums.names, error2.tolist(), strict=True))
     return found
