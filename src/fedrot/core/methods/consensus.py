@@ -28,7 +28,7 @@ class FedRotConsensus(Method):
     paper: ClassVar[str] = "fedrot"
     capabilities: ClassVar[Capabilities] = Capabilities(reduction="factors")
 
-    steps: int = 20
+    steps: int = 60
     """Steps of the numerical search after generalised Procrustes; 0: none."""
 
     def __post_init__(self) -> None:
