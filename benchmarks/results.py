@@ -8,6 +8,9 @@ from statistics import mean
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fedrot.app.compare.table import Outcome, cells, to_markdown
+from fedrot.app.compare.table import rows as table_rows
+
 DOCS = Path(__file__).parents[1] / "docs"
 REPLAY, VADER = DOCS / "results" / "replay.csv", DOCS / "results" / "vader"
 Rows = Sequence[Mapping[str, str]]
@@ -163,10 +166,21 @@ def page(rows: Rows, table: str) -> str:
     )
 
 
+def vader_table() -> str:
+    """The comparison's table from the numbers of its runs, as `fedrot compare` makes it."""
+    outcomes = []
+    for row in read(VADER / "runs.csv"):
+        words = {key: row.pop(key) for key in ("method", "setting", "split")}
+        numbers = {key: float(value) if value else None for key, value in row.items()}
+        whole = {key: None if (n := numbers.pop(key)) is None else int(n) for key in ("seed", "rounds_to_target")}
+        outcomes.append(Outcome(**words, **whole, **numbers))  # type: ignore[arg-type]
+    return to_markdown(cells(table_rows(outcomes, "fedit"), "fedit", outcomes[0].split))
+
+
 def main() -> None:
     """Write docs/results.md and docs/replay.png."""
     rows = read(REPLAY)
-    (DOCS / "results.md").write_text(page(rows, (VADER / "table.md").read_text()))
+    (DOCS / "results.md").write_text(page(rows, vader_table()))
     draw(rows, DOCS / "replay.png")
 
 

@@ -249,7 +249,9 @@ def test_eval_gives_the_accuracy_that_the_run_stated(cli: Run, finished: Path) -
     one_line(cli("eval", finished, "--split", "dev"), "dev", "test")
     one_line(cli("eval", finished.parent / "elsewhere"), "--recipe")
     one_line(cli("eval", finished.parent), "--recipe")
-    one_line(cli("eval", finished, "--lora.rank", "3"), "shape")
+    # The adapter's own rank and scale count, whatever the recipe's are; its layers must be the recipe's.
+    assert json.loads(cli("eval", finished, "--lora.rank", "3", "--json")[1]) == stated
+    one_line(cli("eval", finished, "--lora.targets", "[key]"), "layer", "is missing")
     one_line(cli("eval", finished, "--limit", "0"), "--limit")
     one_line(cli("eval", finished, "--lora.head", "personal"), "personal", "clients/")
 
