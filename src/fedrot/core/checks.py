@@ -35,12 +35,13 @@ def check_upload(upload: Upload, form: Adapter, settings: CheckSettings, variate
         raise RejectedUpload(f"upload: it has {'no' if variate else 'a'} control variate (local.scaffold)")
     if upload.variate is not None:
         _check_tensors(upload.variate, form, "upload: control variate")
-    sent = dict(form.tensors())
-    change2 = sum(float((t.double() - sent[n].double()).square().sum()) for n, t in upload.adapter.tensors())
-    if settings.max_norm is not None and math.sqrt(change2) > settings.max_norm:
-        raise RejectedUpload(
-            f"upload: its change has norm {math.sqrt(change2):.3g}, above checks.max_norm {settings.max_norm:g}"
-        )
+    if settings.max_norm is not None:
+        sent = dict(form.tensors())
+        change2 = sum(float((t.double() - sent[n].double()).square().sum()) for n, t in upload.adapter.tensors())
+        if math.sqrt(change2) > settings.max_norm:
+            raise RejectedUpload(
+                f"upload: its change has norm {math.sqrt(change2):.3g}, above checks.max_norm {settings.max_norm:g}"
+            )
     for what, count in (("held", upload.held), ("used", upload.used)):
         if isinstance(count, bool) or not isinstance(count, int) or not 0 < count < _MOST:
             raise RejectedUpload(f"upload: examples {what} must be a positive whole number, got {_short(count)}")

@@ -1,5 +1,6 @@
 """The figures of a comparison: rows (methods) over seeds, each from run folders' numbers to a matplotlib figure."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
@@ -113,7 +114,7 @@ def rotation(groups: Groups) -> Figure:
     """max_i ||R_i - I|| / ||A_i - A_ref|| by round, and the rotation's angle."""
     figure, axes = empty_figure(2, height=_height(groups))
     _band(axes[0], groups, lambda r: r["drift"]["turn_per_drift_max"] or None)
-    _band(axes[1], groups, lambda r: r["drift"]["angle_mean"] * 180 / 3.141592653589793 or None)
+    _band(axes[1], groups, lambda r: math.degrees(r["drift"]["angle_mean"]) or None)
     by_round(axes[0], "Rotation over drift, largest", "||R - I|| / ||A - A_ref||")
     by_round(axes[1], "Largest angle of a layer, mean of clients", "degrees")
     return _finish(figure, axes)
