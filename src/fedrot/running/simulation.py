@@ -27,7 +27,8 @@ class Simulation:
     ) -> None:
         self._recipe, self._model, self._encoded, self._partition = recipe, model, encoded, partition
         self._states: dict[str, ClientState] = {}
-        self._rounds: dict[str, Round] = {}  # of the round that runs, until its uploads are accepted
+        self._pending: dict[str, ClientState] = {}  # of the round that runs, until its uploads are accepted
+        self._asked: dict[str, Round] = {}  # likewise, where a second phase will ask for what was trained
         self._data = {
             name: ClientData(name, encoded["train"], indices) for name, indices in partition.indices["train"].items()
         }
@@ -44,7 +45,7 @@ class Simulation:
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Upload | Failure]:
         """One round of local training, client after client."""
-        self._rounds = {}
+        self._pending, self._asked = {}, {}
         self._model.change_base(broadcast.base_delta)
         for name in clients:
             state = self._states.get(name, {})
@@ -53,22 +54,21 @@ class Simulation:
             except LocalFailure as problem:
                 yield Failure(name, str(problem))
                 continue
-            if not self._recipe.method.capabilities.second_phase:
-                made = replace(made, trained=Adapter({}))  # nobody will ask for it: memory stays that of one client
-            self._rounds[name] = made
+            self._pending[name] = made.kept
+            if self._recipe.method.capabilities.second_phase:
+                self._asked[name] = made
             yield made.upload
-            self._rounds[name] = replace(made, upload=replace(made.upload, adapter=Adapter({}), variate=None))
 
     def answer(self, question: Adapter, clients: Sequence[str]) -> Iterator[Upload | Failure]:
         """Every client's answer, from the factors that it trained in this round."""
         for name in clients:
-            made = self._rounds[name]
+            made = self._asked[name]
             yield replace(made.upload, adapter=self._recipe.method.answer(made.trained, question), rotation={})
 
     def settle(self, accepted: Collection[str]) -> None:
         """Keep what the accepted clients would keep; a client that was dropped stays as it was."""
-        self._states |= {name: made.kept for name, made in self._rounds.items() if name in accepted and made.kept}
-        self._rounds = {}
+        self._states |= {name: kept for name, kept in self._pending.items() if name in accepted and kept}
+        self._pending, self._asked = {}, {}
 
     def evaluate(self, broadcast: Broadcast, split: str, limit: int | None = None) -> Evaluation:
         """Score on fixed rows of the split; where models are personal, each client's rows by its own."""
