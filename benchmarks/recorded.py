@@ -65,9 +65,10 @@ def record(setting: Setting, trec: Path | None, steps: int = 20) -> Iterator[Rec
     """The rounds of a setting; with own starts the first one alone, since all clients share a start after it."""
     recipe = _recipe(setting, trec, steps)
     ready = prepare(recipe)
+    recipe = ready.recipe
     if setting.start == "own":
         recipe = replace(recipe, method=OwnStarts())
-    engine = Simulation(recipe, ready.model, ready.encoded, ready.partition)
+    engine = Simulation(replace(ready, recipe=recipe))
     state = recipe.method.start(first_adapter(recipe, ready.model))
     for number in range(1 if setting.start == "own" else ROUNDS):
         uploads = [one for one in engine.train(state.broadcast, engine.clients) if isinstance(one, Upload)]

@@ -64,7 +64,7 @@ def make_recipe(data: str | None, clients: int, steps: int, rank: int = 4) -> Re
     source: dict[str, Any] = {"source": "glue", "name": "sst2", "path": data} if data else {"source": "vader"}
     return parse_recipe(
         {
-            "threads": 1,
+            "compute": {"threads": 1},
             "model": {"path": "fetch:minilm"},
             "lora": {"rank": rank},
             "data": source,
@@ -85,7 +85,7 @@ def cpu(work: Callable[[], object]) -> float:
 
 def round_against_bare_loop(recipe: Recipe, ready: Prepared, repeats: int) -> tuple[list[Result], dict[str, float]]:
     """A simulated round with its checkpoint against a bare loop over the same batches."""
-    engine = Simulation(recipe, ready.model, ready.encoded, ready.partition)
+    engine = Simulation(ready)
     start = recipe.method.start(ready.model.read())
     # Round 1, the first that rotates, from factors that a round has moved.
     state, _ = play_round(recipe, engine, start, Quiet())
@@ -139,7 +139,7 @@ def peak(data: str | None, clients: int) -> None:
     # At rank 64 forty uploads that were held would be a tenth of the whole.
     recipe = make_recipe(data, clients, steps=2, rank=64)
     ready = prepare(recipe)
-    engine = Simulation(recipe, ready.model, ready.encoded, ready.partition)
+    engine = Simulation(ready)
     state: ServerState = recipe.method.start(ready.model.read())
     play_round(recipe, engine, state, Quiet())
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -178,7 +178,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "threads": 1,
+        "compute": {"threads": 1},
     }
 
 

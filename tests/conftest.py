@@ -104,7 +104,7 @@ def tiny_values(tiny_model: Path, tiny_data: Path) -> dict[str, Any]:
         "name": "tiny",
         "seed": 1,
         "rounds": 3,
-        "threads": 1,
+        "compute": {"threads": 1},
         "model": {"path": str(tiny_model)},
         "lora": {"rank": 2},
         "data": {

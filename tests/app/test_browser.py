@@ -59,7 +59,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_data:
     recipe = {
         "name": "pages",
         "rounds": 3,
-        "threads": 1,
+        "compute": {"threads": 1},
         "model": {"path": str(tiny_model)},
         "lora": {"rank": 2},
         "data": {**data, "max_length": 64},

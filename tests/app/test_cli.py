@@ -45,7 +45,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_da
     values = {
         "name": "tiny",
         "rounds": 3,
-        "threads": 1,
+        "compute": {"threads": 1},
         "model": {"path": str(tiny_model)},
         "lora": {"rank": 2},
         "data": {

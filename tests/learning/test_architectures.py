@@ -1,6 +1,5 @@
 """Other kinds of base models than BERT: where their head is, how their layers lie, and how they see padding."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,52 +7,22 @@ import numpy as np
 import pytest
 import torch
 from learning_helpers import ALL, assert_same, changed, encoded_splits, resident, shaken
+from model_folders import ENCODER, SIZES, write_model
 
 from fedrot.core.adapter import Adapter
 from fedrot.learning.local import train_local
 from fedrot.learning.models import ResidentModel
 from fedrot.learning.settings import LocalSettings
 
-# kind -> (what its configuration needs, default targets, tensors of its head)
-KINDS: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
+# kind -> (default targets, tensors of its head)
+KINDS: dict[str, tuple[set[str], set[str]]] = {
     "roberta": (
-        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48},
         {"query", "value"},
         {f"classifier.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("weight", "bias")},
     ),
-    "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 2}, {"c_attn"}, {"score.weight"}),
-    "llama": (
-        {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "intermediate_size": 48,
-        },
-        {"q_proj", "v_proj"},
-        {"score.weight"},
-    ),
+    "gpt2": ({"c_attn"}, {"score.weight"}),
+    "llama": ({"q_proj", "v_proj"}, {"score.weight"}),
 }
-
-
-def write_model(folder: Path, kind: str, tiny_model: Path, pooler: bool = True, **config: Any) -> Path:
-    """A random model of this kind with the tiny model's tokenizer; decoders have no padding token."""
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-    decoder = kind in ("gpt2", "llama")
-    marks = {"eos_token": "[SEP]", "pad_token": None} if decoder else {}
-    names = ["input_ids", "attention_mask"]
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model, model_input_names=names, **marks)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(3)
-    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": 2, "eos_token_id": 3}
-    made = AutoConfig.for_model(kind, vocab_size=len(tokenizer), max_position_embeddings=80, **ids, **config)
-    encoder = AutoModel.from_config(made)
-    if not pooler:
-        encoder.pooler = None
-    encoder.save_pretrained(folder)
-    assert (json.loads((folder / "tokenizer_config.json").read_text()).get("pad_token") is None) == decoder
-    return folder
 
 
 @pytest.fixture(scope="module", params=sorted(KINDS))
@@ -63,13 +32,13 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def folder(kind: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp(kind), kind, tiny_model, **KINDS[kind][0])
+    return write_model(tmp_path_factory.mktemp(kind), kind, tiny_model, **SIZES[kind])
 
 
 def test_default_targets_and_head_are_found(kind: str, folder: Path) -> None:
     adapter = resident(folder).read()
-    assert {name.rpartition(".")[2] for name in adapter.layers} == KINDS[kind][1]
-    assert set(adapter.head) == KINDS[kind][2]
+    assert {name.rpartition(".")[2] for name in adapter.layers} == KINDS[kind][0]
+    assert set(adapter.head) == KINDS[kind][1]
     assert {pair.fan_in_fan_out for pair in adapter.layers.values()} == {kind == "gpt2"}
 
 
@@ -131,8 +100,7 @@ def test_training_is_the_same_twice_and_moves_every_part(folder: Path, tiny_data
 
 def distilbert(tiny_model: Path, folder: Path) -> ResidentModel:
     """A model whose head is two layers, `pre_classifier` and `classifier`."""
-    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 48}
-    return resident(write_model(folder, "distilbert", tiny_model, **sizes), targets=["q_lin", "v_lin"])
+    return resident(write_model(folder, "distilbert", tiny_model, **SIZES["distilbert"]), targets=["q_lin", "v_lin"])
 
 
 def test_all_that_the_checkpoint_lacks_is_part_of_the_head(tiny_model: Path, tmp_path: Path) -> None:
@@ -147,16 +115,13 @@ def test_a_head_of_more_than_one_module_is_saved_and_loaded_whole(tiny_model: Pa
     assert_same(model.fit(Adapter.load(tmp_path / "adapter"), where="adapter"), model.read())
 
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-
-
 @pytest.mark.parametrize(
     ("kind", "config", "targets"),
     [
-        ("bert", {**SIZES, "pooler": False}, None),
-        ("deberta-v2", SIZES, None),
-        ("electra", {**SIZES, "embedding_size": 32}, None),
-        ("mpnet", {**SIZES, "pooler": False}, ["q", "v"]),
+        ("bert", {**ENCODER, "pooler": False}, None),
+        ("deberta-v2", ENCODER, None),
+        ("electra", {**ENCODER, "embedding_size": 32}, None),
+        ("mpnet", {**ENCODER, "pooler": False}, ["q", "v"]),
     ],
 )
 def test_an_adapter_means_the_same_wherever_its_checkpoint_is_loaded(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from dense_models import at_ranks, dense_logits
 from learning_helpers import ALL, assert_same, changed, encoded_splits, resident, shaken
-from test_architectures import KINDS, write_model
+from model_folders import SIZES, write_model
 from torch import Tensor
 
 from fedrot.core.adapter import Adapter, LoraPair
@@ -26,7 +26,7 @@ def folder(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: p
     """BERT's layers are nn.Linear, GPT-2's are Conv1D, whose weights lie the other way."""
     if request.param == "bert":
         return tiny_model
-    return write_model(tmp_path_factory.mktemp("gpt2"), "gpt2", tiny_model, **KINDS["gpt2"][0])
+    return write_model(tmp_path_factory.mktemp("gpt2"), "gpt2", tiny_model, **SIZES["gpt2"])
 
 
 @pytest.fixture(scope="module")

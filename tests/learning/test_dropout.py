@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from learning_helpers import quick, seeds
 
-from fedrot.learning.dropout import KeyedDropout
+from fedrot.learning.dropout import KeyedDropout, dropped_share
 
 KEY = (1, 2, "client", "dropout", 0)
 
@@ -25,7 +25,7 @@ def test_entries_are_zero_or_scaled_by_what_is_kept(seed: int, p: float, shape: 
     out = masked(p, "layer", (seed, "step"), x)
     kept = out != 0
     assert out.shape == x.shape
-    torch.testing.assert_close(out[kept], x[kept] / (1 - p))
+    torch.testing.assert_close(out[kept], x[kept] / (1 - dropped_share(p)))
     assert abs(float(kept.float().mean()) - (1 - p)) < 0.1
 
 

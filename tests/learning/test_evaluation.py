@@ -11,7 +11,7 @@ from learning_helpers import encoded_splits, quick, resident, seeds, shaken
 
 from fedrot.core.adapter import Adapter
 from fedrot.learning.encoding import Encoded
-from fedrot.learning.evaluation import Evaluation, chosen_rows, evaluate, predict
+from fedrot.learning.evaluation import Evaluation, How, chosen_rows, evaluate, predict
 from fedrot.learning.models import ResidentModel
 from fedrot.learning.tasks.classification import score
 
@@ -80,7 +80,7 @@ def everything(data: Encoded) -> np.ndarray:
 def test_scores_are_those_of_a_plain_loop_whole_and_by_client(
     model: ResidentModel, adapters: dict[str, Adapter], data: Encoded, parts: dict[str, np.ndarray]
 ) -> None:
-    found = evaluate(model, {"": adapters["a"]}, data, "test", parts, everything(data), 7, "fp32")
+    found = evaluate(model, {"": adapters["a"]}, data, "test", parts, everything(data), How(7))
     reference = plain(model, adapters["a"], data, everything(data))
     assert len({guess for guess, *_ in reference}) == 2
     assert found.scores == near(scores_of(reference))
@@ -93,13 +93,13 @@ def test_scores_are_those_of_a_plain_loop_whole_and_by_client(
 def test_personal_adapters_are_scored_on_their_own_rows(
     model: ResidentModel, adapters: dict[str, Adapter], data: Encoded, parts: dict[str, np.ndarray]
 ) -> None:
-    found = evaluate(model, adapters, data, "test", parts, everything(data), 16, "fp32")
+    found = evaluate(model, adapters, data, "test", parts, everything(data), How(16))
     reference = {client: plain(model, adapters[client], data, places) for client, places in parts.items()}
     assert found.model == "personal"
     for client, own in reference.items():
         assert found.clients[client] == near(scores_of(own))
     assert found.scores == near(scores_of([row for own in reference.values() for row in own]))
-    shared = evaluate(model, {"": adapters["a"]}, data, "test", parts, everything(data), 16, "fp32")
+    shared = evaluate(model, {"": adapters["a"]}, data, "test", parts, everything(data), How(16))
     assert found.clients["a"] == near(dict(shared.clients["a"]))
     assert found.clients["b"]["loss"] != pytest.approx(shared.clients["b"]["loss"], rel=1e-3)
 
@@ -109,7 +109,7 @@ def test_neither_the_batch_nor_the_order_of_rows_changes_a_prediction(
     model: ResidentModel, adapters: dict[str, Adapter], data: Encoded, batch: int
 ) -> None:
     rows = np.random.default_rng(batch).permutation(len(data))[:40]
-    predicted, losses = predict(model, adapters["a"], data, rows, batch, "fp32")
+    predicted, losses = predict(model, adapters["a"], data, rows, How(batch))
     reference = plain(model, adapters["a"], data, rows)
     assert predicted.tolist() == [guess for guess, *_ in reference]
     torch.testing.assert_close(losses.double(), torch.tensor([r[2] for r in reference]).double(), rtol=1e-4, atol=1e-6)
@@ -119,7 +119,7 @@ def test_what_ran_before_does_not_matter(
     model: ResidentModel, adapters: dict[str, Adapter], data: Encoded, parts: dict[str, np.ndarray]
 ) -> None:
     def scored(client: str) -> Evaluation:
-        return evaluate(model, {"": adapters[client]}, data, "test", parts, everything(data), 16, "fp32")
+        return evaluate(model, {"": adapters[client]}, data, "test", parts, everything(data), How(16))
 
     first = scored("a")
     model.set_dropout_key((1, "left on"))
@@ -134,7 +134,7 @@ def test_a_limit_scores_those_rows_and_clients_without_one_have_no_score(
     rows = np.sort(np.concatenate([parts["a"][:5], parts["c"][:4]]))
     reference = dict(zip(rows.tolist(), plain(model, adapters["a"], data, rows), strict=True))
     for chosen in ({"": adapters["a"]}, dict.fromkeys("abc", adapters["a"])):
-        found = evaluate(model, chosen, data, "test", parts, rows, 16, "fp32")
+        found = evaluate(model, chosen, data, "test", parts, rows, How(16))
         assert found.examples == 9
         assert set(found.clients) == {"a", "c"}
         assert found.scores == near(scores_of(list(reference.values())))
@@ -143,7 +143,7 @@ def test_a_limit_scores_those_rows_and_clients_without_one_have_no_score(
 
 def test_bfloat16_scores_are_close(model: ResidentModel, data: Encoded) -> None:
     adapter = shaken(model.read().map(torch.zeros_like))
-    full, half = (predict(model, adapter, data, everything(data), 16, kind)[1] for kind in ("fp32", "bf16"))
+    full, half = (predict(model, adapter, data, everything(data), How(16, kind))[1] for kind in ("fp32", "bf16"))
     assert half.dtype == torch.float32
     assert not torch.equal(full, half)
     assert (full - half).norm() < 0.1 * full.norm()

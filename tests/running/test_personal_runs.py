@@ -125,6 +125,7 @@ def test_local_is_every_client_alone_bit_for_bit(
     lora: tuple[str, ...], tiny_values: dict[str, Any], tiny_data: Path, tmp_path: Path
 ) -> None:
     """Seeds are named by seed, round and client; an average of one is the one: so it can be exact."""
+    lora = ("--compute.stack=1", *lora)
     together = go(tiny_values, tmp_path / "local", "--method.name=local", *lora)
     names = together.read_json("clients/names.json")
     assert sorted(names.values()) == CLIENTS

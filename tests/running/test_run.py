@@ -193,7 +193,7 @@ def test_a_client_does_not_depend_on_who_else_takes_part(tiny_values: dict[str, 
     broadcast = recipe.method.start(ready.model.read()).broadcast
     uploads = []
     for names in (["films"], ["books", "films"], ["music", "films", "books"]):
-        engine = Simulation(recipe, ready.model, ready.encoded, ready.partition)
+        engine = Simulation(ready)
         uploads.append({u.client: u for u in engine.train(broadcast, names) if isinstance(u, Upload)}["films"])
     first = dict(uploads[0].adapter.tensors())
     for upload in uploads[1:]:
@@ -337,7 +337,7 @@ def test_a_client_that_was_dropped_stays_as_it_was(tiny_values: dict[str, Any]) 
 
     recipe = parse_recipe(tiny_values, ["--lora.head", "personal"])
     ready = prepare(recipe)
-    engine = Simulation(recipe, ready.model, ready.encoded, ready.partition)
+    engine = Simulation(ready)
     list(engine.train(recipe.method.start(ready.model.read()).broadcast, ["books", "films"]))
     assert not engine.states()
     engine.settle(["films"])

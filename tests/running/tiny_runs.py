@@ -26,8 +26,8 @@ Fault = Callable[[Upload], Upload | Failure]
 class Tampered(Simulation):
     """The embedded engine, with uploads that are spoiled on their way and a note of what was uploaded."""
 
-    def __init__(self, recipe: Recipe, ready: Prepared) -> None:
-        super().__init__(recipe, ready.model, ready.encoded, ready.partition)
+    def __init__(self, ready: Prepared) -> None:
+        super().__init__(ready)
         self.faults: dict[str, Fault] = {}
         self.uploads: list[Upload] = []
 
@@ -74,9 +74,8 @@ class Tiny:
 
 def begin(values: Mapping[str, Any], *flags: str) -> Tiny:
     """The state before round 0."""
-    recipe = parse_recipe(values, flags)
-    ready = prepare(recipe)
-    return Tiny(recipe, ready, Tampered(recipe, ready), recipe.method.start(ready.model.read()))
+    ready = prepare(parse_recipe(values, flags))
+    return Tiny(ready.recipe, ready, Tampered(ready), ready.recipe.method.start(ready.model.read()))
 
 
 def flat(adapter: Adapter) -> dict[str, Tensor]:

@@ -1,12 +1,17 @@
-"""The order in which a client sees its examples: shuffled passes, with examples of like length side by side."""
+"""Batches: the order in which a client sees its examples, and how a batch lies in memory, padded or packed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedrot.core.seeding import generator
+from fedrot.learning.dropout import Layout
+from fedrot.learning.encoding import Encoded
+from fedrot.learning.packing import Packing, pack
 
 # Examples are sorted by length within windows of this many batches, so little is padded and order stays random.
 _WINDOW = 8
@@ -33,3 +38,46 @@ def shuffled_batches(lengths: NDArray[np.int64], batch: int, key: tuple[int | st
             window = window[np.argsort(lengths[window], kind="stable")]
             pieces = window.reshape(-1, batch)
             yield from pieces[torch.randperm(len(pieces), generator=rng).numpy()]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """n examples with T tokens in all, of one client or of several, client after client."""
+
+    inputs: Mapping[str, Tensor]  # (n, longest) each, or (1, T) where packed
+    labels: Tensor  # (n)
+    lengths: NDArray[np.int64]  # (n) tokens of each example
+    layout: Layout
+    packing: Packing | None = None  # None: padded
+
+
+def padded(data: Encoded, rows: NDArray[np.int64]) -> Batch:
+    """These examples, each padded to the longest of them."""
+    inputs, labels = data.batch(rows)
+    return Batch(inputs, labels, data.lengths_of(rows), padded_layout(inputs["attention_mask"]))
+
+
+def padded_layout(mask: Tensor) -> Layout:
+    """The layout of a batch padded to the right, from its attention mask (n, longest)."""
+    lengths = mask.sum(1)
+    return Layout(mask.numel(), lengths.cumsum(0) - lengths, mask.flatten().nonzero().flatten())
+
+
+def packed(data: Encoded, rows: NDArray[np.int64], first_position: int, reads_last: bool) -> Batch:
+    """These examples in one row without padding; for the arguments see architectures.py."""
+    lengths = data.lengths_of(rows)
+    packing = pack(lengths)
+    tokens, segments = data.flat(rows)
+    starts = packing.starts.numpy()
+    places = np.arange(len(tokens)) - np.repeat(starts, lengths)
+    read = starts
+    if reads_last:
+        # As transformers counts: trailing tokens that are the padding token are padding, wherever they came from.
+        real = np.where(tokens != data.pad, places, 0)
+        read = starts + np.maximum.reduceat(real, starts)
+    inputs = {"input_ids": tokens, "position_ids": places + first_position}
+    if segments is not None:
+        inputs["token_type_ids"] = segments
+    rows_of = {name: torch.from_numpy(array)[None] for name, array in inputs.items()}
+    layout = Layout(len(tokens), torch.from_numpy(read))
+    return Batch(rows_of, torch.from_numpy(data.labels[rows]), lengths, layout, packing)

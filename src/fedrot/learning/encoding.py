@@ -28,6 +28,10 @@ class Encoded:
         """(N) tokens of each example."""
         return np.diff(self.offsets)
 
+    def lengths_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of these examples, without looking at the others."""
+        return self.offsets[indices + 1] - self.offsets[indices]
+
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[dict[str, Tensor], Tensor]:
         """These examples, padded to the longest of them: (model inputs of shape (n, longest), labels (n))."""
         rows = np.asarray(indices)
@@ -45,6 +49,14 @@ class Encoded:
         if self.segments is not None:
             inputs["token_type_ids"] = torch.from_numpy(types)
         return inputs, torch.from_numpy(self.labels[rows])
+
+    def flat(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        """These examples' tokens one after the other, (T), and their token type ids, where the model has them."""
+        lengths = self.lengths_of(indices)
+        before = np.cumsum(lengths) - lengths
+        places = np.repeat(self.offsets[indices] - before, lengths) + np.arange(int(lengths.sum()))
+        segments = None if self.segments is None else self.segments[places].astype(np.int64)
+        return self.tokens[places].astype(np.int64), segments
 
     def fingerprint(self) -> str:
         """A hash of all that training sees of these examples."""

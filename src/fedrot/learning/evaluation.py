@@ -34,6 +34,15 @@ class Evaluation:
         return {**head, **self.scores, **spread, "by_client": clients}
 
 
+@dataclass(frozen=True)
+class How:
+    """How examples are put through the model; scores stay the same but for rounding."""
+
+    batch: int  # examples at once
+    precision: str = "fp32"
+    packing: bool = False
+
+
 def chosen_rows(size: int, limit: int | None, seed: int, split: str) -> NDArray[np.int64]:
     """The places that are scored: all, or a fixed subset that depends on the seed alone."""
     if limit is None or limit >= size:
@@ -42,20 +51,20 @@ def chosen_rows(size: int, limit: int | None, seed: int, split: str) -> NDArray[
 
 
 def predict(
-    model: ResidentModel, adapter: Adapter, data: Encoded, rows: NDArray[np.int64], batch: int, precision: str
+    model: ResidentModel, adapter: Adapter, data: Encoded, rows: NDArray[np.int64], how: How
 ) -> tuple[Tensor, Tensor]:
     """(predicted label, loss) of every row, both of shape (n), in the order of `rows`; batches are of like length."""
     model.write(adapter)
     predicted = torch.empty(len(rows), dtype=torch.int64)
     losses = torch.empty(len(rows))
-    order = np.argsort(data.lengths[rows], kind="stable")
+    order = np.argsort(data.lengths_of(rows), kind="stable")
     with torch.no_grad():
-        for start in range(0, len(rows), batch):
-            places = order[start : start + batch]
-            inputs, labels = data.batch(rows[places])
-            logits = model.logits(inputs, precision).float().cpu()
+        for start in range(0, len(rows), how.batch):
+            places = order[start : start + how.batch]
+            batch = model.collate(data, rows[places], how.packing)
+            logits = model.forward(batch, how.precision).float().cpu()
             predicted[places] = logits.argmax(-1)
-            losses[places] = classification.loss(logits, labels, reduction="none")
+            losses[places] = classification.loss(logits, batch.labels, reduction="none")
     return predicted, losses
 
 
@@ -66,8 +75,7 @@ def evaluate(
     split: str,
     parts: Mapping[str, NDArray[np.int64]],
     rows: NDArray[np.int64],
-    batch: int,
-    precision: str,
+    how: How,
 ) -> Evaluation:
     """Score `rows` of a split.
 
@@ -82,7 +90,7 @@ def evaluate(
     for client, adapter in adapters.items():
         mine = np.arange(len(rows)) if client == "" else np.flatnonzero(owners == client)
         if len(mine):
-            predicted[mine], losses[mine] = predict(model, adapter, data, rows[mine], batch, precision)
+            predicted[mine], losses[mine] = predict(model, adapter, data, rows[mine], how)
     labels = torch.from_numpy(data.labels[rows])
     clients = {}
     for client in parts:

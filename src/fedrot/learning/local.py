@@ -1,7 +1,7 @@
-"""The local steps of one client."""
+"""The local steps of clients: of one, or of several at once in a stack. Both are the same code and give the same."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,14 +12,26 @@ from torch import Tensor
 from fedrot.core.adapter import Adapter
 from fedrot.core.errors import FedrotError
 from fedrot.learning.batching import shuffled_batches
+from fedrot.learning.dropout import Key
 from fedrot.learning.encoding import Encoded
 from fedrot.learning.models import ResidentModel
 from fedrot.learning.settings import LocalSettings
+from fedrot.learning.stacked import Seats, Stack
 from fedrot.learning.tasks import classification
 
 
 class LocalFailure(FedrotError):
     """Local training that cannot give a usable adapter; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one client trains in one round."""
+
+    adapter: Adapter  # to start from
+    indices: NDArray[np.int64]  # the client's examples, as places in the data
+    key: Key  # (seed, round, client): batches and dropout masks come from it
+    correction: Mapping[str, Tensor] | None = None  # by flat name, added to every gradient (SCAFFOLD's c - c_i)
 
 
 @dataclass(frozen=True)
@@ -41,72 +53,132 @@ def train_local(
     indices: NDArray[np.int64],
     settings: LocalSettings,
     parts: frozenset[str],
-    key: tuple[int | str, ...],
+    key: Key,
     correction: Mapping[str, Tensor] | None = None,
+    packing: bool = False,
 ) -> LocalResult:
-    """Train `parts` of `adapter` on the client's examples `indices` of `data`.
-
-    `key` is (seed, round, client): batches and dropout masks come from it, so the result does not depend on what ran
-    before or on how many other clients there are. `correction`, by flat tensor name, is added to every step's gradient
-    after clipping (SCAFFOLD's c - c_i). Raises `LocalFailure` when the loss is not finite.
-    """
-    model.write(adapter)
-    named = dict(model.parameters(parts))
-    for parameter in named.values():
-        parameter.requires_grad_(True)
-    try:
-        return _steps(model, named, data, indices, settings, key, correction)
-    finally:
-        model.set_dropout_key(None)
-        for parameter in named.values():
-            parameter.requires_grad_(False)
-            parameter.grad = None
+    """Train one client; see `train_clients`. Raises `LocalFailure`."""
+    (result,) = train_clients(model, data, [Job(adapter, indices, key, correction)], settings, parts, packing)
+    if isinstance(result, LocalFailure):
+        raise result
+    return result
 
 
-def _steps(
+def train_clients(
     model: ResidentModel,
-    named: Mapping[str, torch.nn.Parameter],
     data: Encoded,
-    indices: NDArray[np.int64],
+    jobs: Sequence[Job],
     settings: LocalSettings,
-    key: tuple[int | str, ...],
-    correction: Mapping[str, Tensor] | None,
-) -> LocalResult:
-    trained = list(named.values())
-    optimizer = _optimizer(trained, settings)
-    start = [parameter.detach().clone() for parameter in trained] if settings.prox else []
-    gradient = {name: torch.zeros_like(p) for name, p in named.items()} if correction is not None else {}
-    batches = shuffled_batches(data.lengths[indices], settings.batch, key)
-    steps = step_count(len(indices), settings)
-    losses, used, tokens = [], 0, 0
-    for step in range(steps):
-        rows = indices[next(batches)]
-        inputs, labels = data.batch(rows)
-        model.set_dropout_key((*key, "dropout", step))
-        logits = model.logits(inputs, settings.precision)
-        loss = classification.loss(logits, labels.to(logits.device))
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise LocalFailure(f"the loss is {losses[-1]} at local step {step}; lower local.lr or set local.clip")
-        torch.autograd.backward(loss)
-        for parameter, origin in zip(trained, start, strict=False):  # FedProx
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - origin, alpha=settings.prox)
-        if settings.clip is not None:
-            torch.nn.utils.clip_grad_norm_(trained, settings.clip)
-        if correction is not None:
-            for name, parameter in named.items():
-                if parameter.grad is not None:
-                    gradient[name].add_(parameter.grad, alpha=1 / steps)
-                    parameter.grad.add_(correction[name])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        used += len(rows)
-        tokens += int(data.lengths[rows].sum())
-    adapter = model.read()
-    if not all(bool(torch.isfinite(tensor).all()) for _, tensor in adapter.tensors()):
-        raise LocalFailure("the factors are not finite after the last local step; lower local.lr or set local.clip")
-    return LocalResult(adapter, used, steps, sum(losses) / steps, tokens, gradient)
+    parts: frozenset[str],
+    packing: bool = False,
+) -> list[LocalResult | LocalFailure]:
+    """Train `parts` of each job's adapter on the client's examples, all jobs in one stack; results in their order.
+
+    A client's result depends on its own job alone, up to the order of floating point sums: not on who else is in the
+    stack, on what ran before, or on `packing` (see packing.py). A client whose loss is not finite gives a
+    `LocalFailure`. With several jobs either all have a correction or none.
+    """
+    # Clients that finish early are at the end, so those that still train are always the first ones of the stack.
+    order = sorted(range(len(jobs)), key=lambda i: -step_count(len(jobs[i].indices), settings))
+    training = _Training(model, data, [jobs[i] for i in order], settings, parts, packing)
+    with training.stack.installed():
+        found = training.run()
+    return [result for _, result in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
+
+
+class _Training:
+    """The steps of a stack whose clients are sorted by their number of steps, most first."""
+
+    def __init__(
+        self,
+        model: ResidentModel,
+        data: Encoded,
+        jobs: Sequence[Job],
+        settings: LocalSettings,
+        parts: frozenset[str],
+        packing: bool,
+    ) -> None:
+        self.model, self.data, self.jobs, self.settings, self.packing = model, data, jobs, settings, packing
+        self.stack = Stack(model, [job.adapter for job in jobs], parts)
+        self.trained = self.stack.trained
+        self.steps = [step_count(len(job.indices), settings) for job in jobs]
+        self.batches = [shuffled_batches(data.lengths_of(job.indices), settings.batch, job.key) for job in jobs]
+        self.optimizer = _optimizer(list(self.trained.values()), settings)
+        self.start = {name: t.detach().clone() for name, t in self.trained.items()} if settings.prox else {}
+        corrections = [job.correction for job in jobs if job.correction is not None]
+        self.correction = self.stack.stacked([{name: c[name] for name in self.trained} for c in corrections])
+        self.gradient = {name: torch.zeros_like(self.trained[name]) for name in self.correction}
+        self.losses: list[list[float]] = [[] for _ in jobs]
+        self.used, self.tokens = [0] * len(jobs), [0] * len(jobs)
+        self.found: list[LocalResult | LocalFailure | None] = [None] * len(jobs)
+
+    def run(self) -> list[LocalResult | LocalFailure]:
+        """All steps of all clients."""
+        for step in range(max(self.steps)):
+            active = [steps > step for steps in self.steps].count(True)
+            self._forward_backward(step, active)
+            self._change_gradients()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            for client in range(active):
+                if self.steps[client] == step + 1 and self.found[client] is None:
+                    self.found[client] = self._result(client)
+        return [result for result in self.found if result is not None]
+
+    def _forward_backward(self, step: int, active: int) -> None:
+        rows = [self.jobs[client].indices[next(self.batches[client])] for client in range(active)]
+        batch = self.model.collate(self.data, np.concatenate(rows), self.packing)
+        examples = [len(mine) for mine in rows]
+        seats = Seats.of(batch, examples, [(*job.key, "dropout", step) for job in self.jobs[:active]])
+        self.stack.seat(seats)
+        logits = self.model.forward(batch, self.settings.precision)
+        losses = classification.loss(logits, batch.labels.to(logits.device), reduction="none")
+        means = torch.stack([mine.mean() for mine in losses.split(examples)])
+        for client, loss in enumerate(means.tolist()):
+            self.losses[client].append(loss)
+            self.used[client] += examples[client]
+            self.tokens[client] += seats.tokens[client]
+            if not math.isfinite(loss) and self.found[client] is None:
+                self.found[client] = LocalFailure(
+                    f"the loss is {loss} at local step {step}; lower local.lr or set local.clip"
+                )
+        torch.autograd.backward(means.sum())
+
+    def _change_gradients(self) -> None:
+        """FedProx's pull, clipping by client, and SCAFFOLD's correction, in this order."""
+        gradients = {name: tensor.grad for name, tensor in self.trained.items() if tensor.grad is not None}
+        if self.start:
+            for name, gradient in gradients.items():
+                gradient.add_(self.trained[name].detach() - self.start[name], alpha=self.settings.prox)
+        if self.settings.clip is not None and gradients:
+            norms = torch.stack([g.square().flatten(1).sum(1) for g in gradients.values()]).sum(0).sqrt()
+            share = (self.settings.clip / (norms + 1e-6)).clamp(max=1.0)
+            for gradient in gradients.values():
+                gradient.mul_(_by_client(share, gradient))
+        if self.correction:
+            steps = torch.tensor(self.steps, dtype=torch.float64)
+            for name, gradient in gradients.items():
+                self.gradient[name].add_(gradient / _by_client(steps.to(gradient), gradient))
+                gradient.add_(self.correction[name])
+
+    def _result(self, client: int) -> LocalResult | LocalFailure:
+        adapter = self.stack.adapter(client)
+        if not all(bool(torch.isfinite(tensor).all()) for _, tensor in adapter.tensors()):
+            return LocalFailure(
+                "the factors are not finite after the last local step; lower local.lr or set local.clip"
+            )
+        losses = self.losses[client]
+        gradient = {name: self.stack.own(client, name, tensor) for name, tensor in self.gradient.items()}
+        return LocalResult(
+            adapter, self.used[client], len(losses), sum(losses) / len(losses), self.tokens[client], gradient
+        )
+
+
+def _by_client(
+    values: Tensor,  # (C)
+    like: Tensor,  # (C, ...)
+) -> Tensor:  # (C, 1, ...)
+    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def step_count(examples: int, settings: LocalSettings) -> int:
@@ -116,7 +188,8 @@ def step_count(examples: int, settings: LocalSettings) -> int:
     return max(1, math.ceil((settings.epochs or 1.0) * examples / min(settings.batch, examples) - 1e-9))
 
 
-def _optimizer(trained: list[torch.nn.Parameter], settings: LocalSettings) -> torch.optim.Optimizer:
+def _optimizer(trained: list[Tensor], settings: LocalSettings) -> torch.optim.Optimizer:
+    """Elementwise, so that one on stacked tensors is one for each client."""
     if settings.optimizer == "sgd":
         return torch.optim.SGD(trained, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)

@@ -7,14 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedrot.core.adapter import Adapter, LoraPair, same_form
 from fedrot.core.errors import DataError, choices
 from fedrot.core.seeding import seed_of
-from fedrot.learning.dropout import KeyedDropout
+from fedrot.learning.architectures import first_position, packable, packed_logits, reads_last
+from fedrot.learning.batching import Batch, packed, padded, padded_layout
+from fedrot.learning.dropout import Key, KeyedDropout
+from fedrot.learning.encoding import Encoded
 from fedrot.learning.fetch import fetched
 from fedrot.learning.settings import LoraSettings, ModelSettings
 
@@ -37,6 +42,7 @@ class ResidentModel:
         self._modules: dict[str, Any] = {}  # layer -> PEFT's module, which holds its scale and its base weight
         self._flags: dict[str, bool] = {}  # layer -> fan_in_fan_out
         self._head: dict[str, nn.Parameter] = {}
+        self._head_modules: dict[str, Any] = {}  # name -> PEFT's wrapper of a module that is trained in full
         self._dropouts: list[KeyedDropout] = []
         inner = model.base_model.model
         for name, module in inner.named_modules():
@@ -50,6 +56,7 @@ class ResidentModel:
                 module.lora_dropout[_PEFT_NAME] = dropout
                 self._dropouts.append(dropout)
             elif isinstance(module, ModulesToSaveWrapper):
+                self._head_modules[name] = module
                 for key, parameter in module.modules_to_save[_PEFT_NAME].named_parameters():
                     self._head[f"{name}.{key}"] = parameter
         model.eval()
@@ -118,16 +125,60 @@ class ResidentModel:
             found += [(f"layers/{name}/b", b)] if "b" in parts else []
         return found + ([(f"head/{n}", p) for n, p in self._head.items()] if "head" in parts else [])
 
-    def set_dropout_key(self, key: tuple[int | str, ...] | None) -> None:
+    def lora_modules(self) -> Mapping[str, Any]:
+        """PEFT's module of every adapted layer; its `get_base_layer()` is the layer itself."""
+        return self._modules
+
+    def head_modules(self) -> Mapping[str, tuple[Any, nn.Module]]:
+        """For each module that is trained in full: PEFT's wrapper, which the model calls, and the module in it."""
+        return {name: (wrapper, wrapper.modules_to_save[_PEFT_NAME]) for name, wrapper in self._head_modules.items()}
+
+    def dropout(self) -> float:
+        """The share that LoRA dropout drops."""
+        return self._dropouts[0].p
+
+    def set_dropout_key(self, key: Key | None) -> None:
         """Switch LoRA dropout on with masks of this name, or off."""
         for dropout in self._dropouts:
             dropout.key = key
 
+    @property
+    def device(self) -> torch.device:
+        """Where the base model is."""
+        return next(iter(self._base.values())).device
+
+    @property
+    def packable(self) -> bool:
+        """Whether examples can be packed into one row; see architectures.py."""
+        return packable(self.model.base_model.model)
+
+    def collate(self, data: Encoded, rows: NDArray[np.int64], packing: bool) -> Batch:
+        """These examples as a batch for this model."""
+        inner = self.model.base_model.model
+        return packed(data, rows, first_position(inner), reads_last(inner)) if packing else padded(data, rows)
+
+    def forward(self, batch: Batch, precision: str) -> Tensor:
+        """(n, labels) for the examples of a batch; `precision` is 'fp32' or 'bf16' (autocast)."""
+        if batch.packing is None:
+            return self.logits(batch.inputs, precision)
+        inputs = {name: tensor[0].to(self.device) for name, tensor in batch.inputs.items()}
+        read, packing = batch.layout.read.to(self.device), batch.packing.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return packed_logits(
+                self.model.base_model.model,
+                inputs["input_ids"],
+                inputs.get("token_type_ids"),
+                inputs["position_ids"],
+                read,
+                packing,
+            )
+
     def logits(self, inputs: Mapping[str, Tensor], precision: str) -> Tensor:
-        """(n, labels) for a padded batch; `precision` is 'fp32' or 'bf16' (autocast)."""
-        device = next(iter(self._base.values())).device
-        moved = {name: tensor.to(device) for name, tensor in inputs.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        """(n, labels) for the inputs of a padded batch."""
+        moved = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        for dropout in self._dropouts:
+            dropout.layout = padded_layout(inputs["attention_mask"])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
             out: Tensor = self.model(**moved).logits
         return out
 

@@ -124,8 +124,27 @@ class LocalSettings:
     scaffold: bool = False
     """SCAFFOLD (arXiv 1910.06378): control variates correct every client's gradients for its drift; they travel as a
     second adapter, so traffic doubles."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of forward and backward: float32, or autocast to bfloat16 with float32 factors."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """Arithmetic of forward and backward: float32, or autocast to bfloat16 with float32 factors; auto: bf16 where the
+    machine is faster at it (GPUs, processors with AMX), else fp32, written in the resolved recipe."""
+
+
+@dataclass(frozen=True)
+class ComputeSettings:
+    """How the arithmetic is done; results stay the same but for rounding. What is null is chosen when a run begins,
+    from shapes and memory and never by timing, and written in the resolved recipe, which a resumed run goes by.
+    """
+
+    device: Literal["cpu", "cuda"] | None = None
+    """Where models are; null: the GPUs where there are some."""
+    workers: int | None = None
+    """Models that work side by side, each on some of the clients; null: one on each GPU, one on the CPU."""
+    threads: int | None = None
+    """Threads of each worker's arithmetic; null: the cores this process may use, divided among the workers."""
+    stack: int | None = None
+    """Clients trained at once in one forward and backward pass; 1: one after the other."""
+    packing: bool | None = None
+    """Examples in a row without padding instead of padded batches; null: where the architecture is known."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A client's half of a round: begin, train locally, turn, and upload. Alike in simulation and deployment."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,10 +14,10 @@ from fedrot.core.alignment import Rotations, rotate
 from fedrot.core.diagnostics import measured
 from fedrot.core.drift import client_drift
 from fedrot.core.methods.base import Broadcast, ClientState, Method, Seat, Upload
-from fedrot.core.ranks import cut, pad
+from fedrot.core.ranks import Frames, cut, pad
 from fedrot.core.seeding import generator
 from fedrot.learning.encoding import Encoded
-from fedrot.learning.local import train_local
+from fedrot.learning.local import Job, LocalFailure, LocalResult, train_clients
 from fedrot.learning.models import ResidentModel
 from fedrot.running.recipe import Recipe
 
@@ -42,34 +42,47 @@ class Round:
     trained: Adapter  # its factors before the method made an upload of them, at the global rank
 
 
-def client_round(
-    client: ClientData,
-    broadcast: Broadcast,
-    state: ClientState,
-    recipe: Recipe,
-    model: ResidentModel,
-) -> Round:
-    """One client's work in one round, and what it keeps for the next.
+@dataclass(frozen=True)
+class Begun:
+    """A client's round up to its local steps, and what is needed to go on after them."""
 
-    Raises `LocalFailure` when local training gives nothing usable; the client's state is then as it was.
-    """
+    client: ClientData
+    seat: Seat
+    start: Adapter  # what it trains from, at the global rank
+    frames: Frames | None  # of a client of a smaller rank
+    variate: "_Variate | None"
+    job: Job
+
+
+def begin_round(client: ClientData, broadcast: Broadcast, state: ClientState, recipe: Recipe) -> Begun:
+    """What a client trains in this round, and from where."""
     method: Method = recipe.method
-    key = (recipe.seed, broadcast.round, client.name)
     seat = Seat(client.name, _below(METHOD, state))
     start = with_own_head(method.begin(broadcast, seat), state)
-    trained_parts = method.trainable(broadcast.round) - ({"head"} if recipe.lora.head == "frozen" else set())
-    parts = travelling_parts(recipe, broadcast.round)
     rank = (recipe.lora.ranks or {}).get(client.name, recipe.lora.rank)
     frames = method.narrow(start, rank) if rank != recipe.lora.rank else None
     variate = _Variate.of(broadcast, state) if recipe.local.scaffold else None
-
-    began = time.perf_counter()
     first = cut(start, frames, recipe.lora.scale(rank)) if frames else start
-    correction = variate.correction() if variate else None
-    local = train_local(model, first, client.data, client.indices, recipe.local, trained_parts, key, correction)
+    key = (recipe.seed, broadcast.round, client.name)
+    job = Job(first, client.indices, key, variate.correction() if variate else None)
+    return Begun(client, seat, start, frames, variate, job)
+
+
+def train_begun(
+    begun: Sequence[Begun], broadcast: Broadcast, recipe: Recipe, model: ResidentModel
+) -> list[LocalResult | LocalFailure]:
+    """The local steps of these clients, which hold examples of one data set, in one stack."""
+    parts = recipe.method.trainable(broadcast.round) - ({"head"} if recipe.lora.head == "frozen" else set())
+    data, packing = begun[0].client.data, bool(recipe.compute.packing)
+    return train_clients(model, data, [one.job for one in begun], recipe.local, parts, packing)
+
+
+def finish_round(begun: Begun, local: LocalResult, broadcast: Broadcast, recipe: Recipe, seconds: float) -> Round:
+    """What a client makes of its trained adapter; `seconds` are what training it took."""
+    name, start, frames, variate = begun.client.name, begun.start, begun.frames, begun.variate
     trained = pad(local.adapter, frames, start) if frames else local.adapter
     ended = time.perf_counter()
-    result = method.client(trained, broadcast, seat, generator(*key, "method"))
+    result = recipe.method.client(trained, broadcast, begun.seat, generator(*begun.job.key, "method"))
     aligned = time.perf_counter()
     wanted = measured(recipe.diagnostics, broadcast.round)
     drift = client_drift(trained, start, result.rotation) if wanted else {}
@@ -78,22 +91,50 @@ def client_round(
     kept = {METHOD + name: tensor for name, tensor in result.state.items()}
     if recipe.lora.head == "personal":
         kept |= {HEAD + name: tensor for name, tensor in trained.head.items()}
-    change = None
+    change, parts = None, travelling_parts(recipe, broadcast.round)
     if variate:
         own, change = variate.after(local.gradient, result.rotation, parts)
         kept |= {VARIATE + name: tensor for name, tensor in own.items()}
     upload = Upload(
-        client=client.name,
+        client=name,
         adapter=only_travelling(result.adapter, broadcast.adapter, parts),
-        held=len(client.indices),
+        held=len(begun.client.indices),
         used=local.used,
         rotation=result.rotation,
         metrics={"loss": local.loss, "steps": local.steps, "tokens": local.tokens},
         layers=drift,
-        seconds={"train": ended - began, "align": aligned - ended, "diagnose": done - aligned},
+        seconds={"train": seconds, "align": aligned - ended, "diagnose": done - aligned},
         variate=change,
     )
     return Round(upload, kept, trained)
+
+
+def play_clients(
+    clients: Sequence[tuple[ClientData, ClientState]], broadcast: Broadcast, recipe: Recipe, model: ResidentModel
+) -> Iterator[tuple[str, Round | LocalFailure]]:
+    """One round of these clients' work, their local steps in one stack; by client, in their order.
+
+    A client whose local training gives nothing usable has a `LocalFailure`; its state is then as it was.
+    """
+    began = time.perf_counter()
+    begun = [begin_round(client, broadcast, state, recipe) for client, state in clients]
+    results = train_begun(begun, broadcast, recipe, model)
+    share = (time.perf_counter() - began) / len(begun)
+    for one, local in zip(begun, results, strict=True):
+        if isinstance(local, LocalFailure):
+            yield one.client.name, local
+        else:
+            yield one.client.name, finish_round(one, local, broadcast, recipe, share)
+
+
+def client_round(
+    client: ClientData, broadcast: Broadcast, state: ClientState, recipe: Recipe, model: ResidentModel
+) -> Round:
+    """One client's work in one round, alone. Raises `LocalFailure` where `play_clients` gives one."""
+    ((_, made),) = play_clients([(client, state)], broadcast, recipe, model)
+    if isinstance(made, LocalFailure):
+        raise made
+    return made
 
 
 def travelling_parts(recipe: Recipe, round: int) -> frozenset[str]:

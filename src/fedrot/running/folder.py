@@ -19,6 +19,7 @@ import yaml
 
 from fedrot.core.errors import RunError
 from fedrot.core.files import write_atomic
+from fedrot.running.choices import adopted
 from fedrot.running.recipe import Recipe
 from fedrot.running.recipe_file import changed_key, to_yaml
 
@@ -65,10 +66,8 @@ class RunFolder:
         """Go on with the run here; `recipe` must be the one it was started with. Gives the resolved recipe."""
         resolved = self.recipe()
         self._take_lock()
-        new = recipe.to_dict()
-        if recipe.threads is None:
-            new["threads"] = resolved.threads  # chosen when the run began; reused, so that arithmetic stays the same
-        if change := changed_key(resolved.to_dict(), new):
+        # What was chosen when the run began is used again, so that arithmetic stays the same.
+        if change := changed_key(resolved.to_dict(), adopted(recipe, resolved).to_dict()):
             key, old, now = change
             raise RunError(
                 f"{self.path}: the run was started with {key} {old!r}, the recipe now has {now!r}; resume with the "

@@ -1,6 +1,5 @@
 """From a recipe to what a run works on: examples, partition, model, encoded splits."""
 
-import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,13 +15,15 @@ from fedrot.learning.models import ResidentModel, load_model
 from fedrot.learning.partition import Partition, divide
 from fedrot.learning.sources.read import read_dataset
 from fedrot.learning.tasks import classification
+from fedrot.running.choices import for_machine, for_model
 from fedrot.running.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything loaded, encoded and divided."""
+    """Everything loaded, encoded and divided; the recipe with nothing left open."""
 
+    recipe: Recipe
     dataset: Dataset
     partition: Partition
     model: ResidentModel
@@ -52,7 +53,9 @@ def divided(recipe: Recipe) -> tuple[Dataset, Partition]:
 
 
 def prepare(recipe: Recipe) -> Prepared:
-    """Read and divide the data, load the model, encode the splits that are used."""
+    """Read and divide the data, load the model, encode the splits that are used, choose what the recipe leaves open."""
+    recipe = for_machine(recipe)
+    torch.set_num_threads(recipe.compute.threads or 1)
     dataset, partition = divided(recipe)
     model = load_model(recipe.model, recipe.lora, dataset.labels, recipe.seed)
     longest = model.longest()
@@ -64,7 +67,8 @@ def prepare(recipe: Recipe) -> Prepared:
         for split, rows in dataset.splits.items()
         if split in wanted
     }
-    return Prepared(dataset, partition, model, encoded)
+    recipe = for_model(recipe, model, encoded["train"], partition)
+    return Prepared(recipe, dataset, partition, model, encoded)
 
 
 def first_adapter(recipe: Recipe, model: ResidentModel) -> Adapter:
@@ -72,14 +76,6 @@ def first_adapter(recipe: Recipe, model: ResidentModel) -> Adapter:
     if recipe.init is None:
         return model.read()
     return model.fit(Adapter.load(recipe.init), where=recipe.init)
-
-
-def available_threads() -> int:
-    """Cores that this process may use, or OMP_NUM_THREADS where it is set."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdecimal() and int(asked) > 0:
-        return int(asked)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:

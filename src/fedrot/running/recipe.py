@@ -13,6 +13,7 @@ from fedrot.core.methods import Method, get_method, methods
 from fedrot.core.methods.rotation import FedRot
 from fedrot.core.settings import CheckSettings, DiagnosticsSettings, ServerSettings
 from fedrot.learning.settings import (
+    ComputeSettings,
     DataSettings,
     EvaluationSettings,
     LocalSettings,
@@ -33,8 +34,6 @@ class Recipe:
     """Seed of every random choice."""
     rounds: int = 10
     """Number of rounds. They are counted from 0, as in the paper."""
-    threads: int | None = None
-    """Threads of the arithmetic; null is the number of cores this process may use, written in the resolved recipe."""
     init: str | None = None
     """Folder of a PEFT adapter to start from; null starts afresh from the seed."""
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -42,6 +41,7 @@ class Recipe:
     data: DataSettings = field(default_factory=DataSettings)
     partition: PartitionSettings = field(default_factory=PartitionSettings)
     local: LocalSettings = field(default_factory=LocalSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
     federation: FederationSettings = field(default_factory=FederationSettings)
     method: Method = field(default_factory=FedRot)
     server: ServerSettings = field(default_factory=ServerSettings)
@@ -87,6 +87,7 @@ SECTIONS: dict[str, type] = {
     "data": DataSettings,
     "partition": PartitionSettings,
     "local": LocalSettings,
+    "compute": ComputeSettings,
     "federation": FederationSettings,
     "server": ServerSettings,
     "checks": CheckSettings,
@@ -126,7 +127,9 @@ def _rules(r: Recipe) -> Iterator[tuple[str, bool, str]]:
     inf = float("inf")
     yield "name", bool(r.name) and "/" not in r.name and r.name not in (".", ".."), "a name without '/'"
     yield "rounds", r.rounds >= 1, "at least 1"
-    yield "threads", r.threads is None or 1 <= r.threads <= 1024, "from 1 to 1024, or null"
+    for key in ("workers", "threads", "stack"):
+        value = getattr(r.compute, key)
+        yield f"compute.{key}", value is None or 1 <= value <= 1024, "from 1 to 1024, or null"
     yield "lora.rank", 1 <= r.lora.rank <= 4096, "from 1 to 4096"
     ranks = (r.lora.ranks or {}).values()
     yield "lora.ranks", all(1 <= rank <= r.lora.rank for rank in ranks), f"from 1 to lora.rank, {r.lora.rank}, each"
@@ -169,7 +172,7 @@ def _cross_checks(r: Recipe) -> None:
         raise RecipeError("local: give exactly one of local.steps and local.epochs")
     if r.local.optimizer != "sgd" and r.local.momentum:
         raise RecipeError("local.momentum is for local.optimizer sgd; adamw has its own")
-    if r.model.dtype == "bfloat16" and r.local.precision != "bf16":
+    if r.model.dtype == "bfloat16" and r.local.precision == "fp32":
         raise RecipeError("model.dtype bfloat16 needs local.precision bf16")
     if r.data.source == "glue" and r.data.name is None:
         raise RecipeError("data.name: give the GLUE task (source glue): sst2, qnli, qqp, rte or mnli")

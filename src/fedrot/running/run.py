@@ -1,18 +1,16 @@
 """A whole run: from a recipe to a run folder with an adapter in it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fedrot.core.errors import RunError
 from fedrot.core.methods.base import ServerState
 from fedrot.core.products import joined
 from fedrot.running.checkpoint import Checkpoint, load_latest, save_checkpoint, saved_rounds
 from fedrot.running.folder import RunFolder
-from fedrot.running.prepare import Prepared, available_threads, first_adapter, prepare, versions
+from fedrot.running.prepare import Prepared, first_adapter, prepare, versions
 from fedrot.running.recipe import Recipe
 from fedrot.running.rounds import Watcher, play
 from fedrot.running.simulation import Simulation, personal
@@ -28,12 +26,11 @@ def run(recipe: Recipe, out: Path, watcher: Watcher, resume: bool = False) -> Ru
     if resume:
         recipe = folder.reopen(recipe)
     else:
-        recipe = replace(recipe, threads=recipe.threads or available_threads())
         folder.refuse_existing()  # before anything slow is done
-    torch.set_num_threads(recipe.threads or 1)
     try:
         prepared = prepare(recipe)
-        engine = Simulation(recipe, prepared.model, prepared.encoded, prepared.partition)
+        recipe = prepared.recipe
+        engine = Simulation(prepared)
         checkpoint = _begin(folder, prepared) if resume else None
         # The inputs are all read, and trackers reached, before anything is written.
         fresh = checkpoint or Checkpoint(recipe.method.start(first_adapter(recipe, prepared.model)))

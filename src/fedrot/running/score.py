@@ -3,12 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from fedrot.core.adapter import Adapter
 from fedrot.core.errors import RunError
-from fedrot.learning.evaluation import Evaluation, chosen_rows, evaluate
-from fedrot.running.prepare import available_threads, prepare
+from fedrot.learning.evaluation import Evaluation, How, chosen_rows, evaluate
+from fedrot.running.prepare import prepare
 from fedrot.running.recipe import Recipe
 
 
@@ -27,7 +25,6 @@ def score_adapter(path: Path, recipe: Recipe, split: str | None, limit: int | No
     adapter = Adapter.load(path)
     chosen = split or recipe.evaluation.final or recipe.evaluation.split
     recipe = replace(recipe, evaluation=replace(recipe.evaluation, split=chosen, final=None))
-    torch.set_num_threads(recipe.threads or available_threads())
     ready = prepare(recipe)
     data, settings = ready.encoded[chosen], recipe.evaluation
     rows = chosen_rows(len(data), limit, recipe.seed, chosen)
@@ -38,6 +35,5 @@ def score_adapter(path: Path, recipe: Recipe, split: str | None, limit: int | No
         chosen,
         ready.partition.indices[chosen],
         rows,
-        settings.batch,
-        recipe.local.precision,
+        How(settings.batch, ready.recipe.local.precision, bool(ready.recipe.compute.packing)),
     )

@@ -7,13 +7,11 @@ import numpy as np
 
 from fedrot.core.adapter import Adapter
 from fedrot.core.methods.base import Broadcast, ClientState, Upload
-from fedrot.learning.encoding import Encoded
-from fedrot.learning.evaluation import Evaluation, chosen_rows, evaluate
+from fedrot.learning.evaluation import Evaluation, How, chosen_rows, evaluate
 from fedrot.learning.local import LocalFailure
-from fedrot.learning.models import ResidentModel
-from fedrot.learning.partition import Partition
-from fedrot.running.client import ClientData, Round, client_round, own_model
+from fedrot.running.client import ClientData, Round, own_model, play_clients
 from fedrot.running.engine import Failure
+from fedrot.running.prepare import Prepared
 from fedrot.running.recipe import Recipe
 
 EVERYONE = "everyone"  # the one client of centralised training
@@ -22,21 +20,19 @@ EVERYONE = "everyone"  # the one client of centralised training
 class Simulation:
     """Clients that share a process; see `engine.Engine`."""
 
-    def __init__(
-        self, recipe: Recipe, model: ResidentModel, encoded: Mapping[str, Encoded], partition: Partition
-    ) -> None:
-        self._recipe, self._model, self._encoded, self._partition = recipe, model, encoded, partition
+    def __init__(self, ready: Prepared) -> None:
+        recipe, partition = ready.recipe, ready.partition
+        self._recipe, self._model, self._encoded, self._partition = recipe, ready.model, ready.encoded, partition
         self._states: dict[str, ClientState] = {}
         self._pending: dict[str, ClientState] = {}  # of the round that runs, until its uploads are accepted
         self._asked: dict[str, Round] = {}  # likewise, where a second phase will ask for what was trained
-        self._data = {
-            name: ClientData(name, encoded["train"], indices) for name, indices in partition.indices["train"].items()
-        }
+        data = ready.encoded["train"]
+        self._data = {name: ClientData(name, data, indices) for name, indices in partition.indices["train"].items()}
         if recipe.method.capabilities.pooled:
             everything = np.sort(np.concatenate(list(partition.indices["train"].values())))
             steps = recipe.local.steps and recipe.local.steps * len(partition.clients)
             self._recipe = replace(recipe, local=replace(recipe.local, steps=steps))
-            self._data = {EVERYONE: ClientData(EVERYONE, encoded["train"], everything)}
+            self._data = {EVERYONE: ClientData(EVERYONE, data, everything)}
 
     @property
     def clients(self) -> Sequence[str]:
@@ -44,20 +40,20 @@ class Simulation:
         return sorted(self._data)
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Upload | Failure]:
-        """One round of local training, client after client."""
+        """One round of local training, as many clients at once as a stack has."""
         self._pending, self._asked = {}, {}
         self._model.change_base(broadcast.base_delta)
-        for name in clients:
-            state = self._states.get(name, {})
-            try:
-                made = client_round(self._data[name], broadcast, state, self._recipe, self._model)
-            except LocalFailure as problem:
-                yield Failure(name, str(problem))
-                continue
-            self._pending[name] = made.kept
-            if self._recipe.method.capabilities.second_phase:
-                self._asked[name] = made
-            yield made.upload
+        width = self._recipe.compute.stack or 1
+        for first in range(0, len(clients), width):
+            together = [(self._data[name], self._states.get(name, {})) for name in clients[first : first + width]]
+            for name, made in play_clients(together, broadcast, self._recipe, self._model):
+                if isinstance(made, LocalFailure):
+                    yield Failure(name, str(made))
+                    continue
+                self._pending[name] = made.kept
+                if self._recipe.method.capabilities.second_phase:
+                    self._asked[name] = made
+                yield made.upload
 
     def answer(self, question: Adapter, clients: Sequence[str]) -> Iterator[Upload | Failure]:
         """Every client's answer, from the factors that it trained in this round."""
@@ -79,8 +75,8 @@ class Simulation:
         if personal(self._recipe):
             adapters = {name: self.own_model(broadcast, name) for name in self.clients}
         self._model.change_base(broadcast.base_delta)
-        precision = self._recipe.local.precision
-        return evaluate(self._model, adapters, data, split, parts, rows, settings.batch, precision)
+        how = How(settings.batch, self._recipe.local.precision, bool(self._recipe.compute.packing))
+        return evaluate(self._model, adapters, data, split, parts, rows, how)
 
     def own_model(self, broadcast: Broadcast, client: str) -> Adapter:
         """The adapter that a client would use itself."""

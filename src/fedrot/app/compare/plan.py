@@ -3,13 +3,13 @@
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from fedrot.core.errors import RecipeError, RunError
 from fedrot.core.methods import get_method
+from fedrot.running.choices import adopted
 from fedrot.running.folder import RunFolder
-from fedrot.running.prepare import available_threads
 from fedrot.running.recipe import Recipe
 from fedrot.running.recipe_file import changed_key, read_recipe
 
@@ -122,11 +122,13 @@ def plan(
     for seed in seeds:
         for variant in variants:
             recipe = read_recipe(path, [*flags, *variant.flags, f"--seed={seed}"])
-            recipe = replace(recipe, threads=recipe.threads or available_threads())
             root = out or Path("runs") / f"{recipe.name}-compared"
             planned.append(Planned(variant, seed, recipe, root / variant.folder / f"seed-{seed}"))
     for one in planned:
-        if one.started and (change := changed_key(RunFolder(one.folder).recipe().to_dict(), one.recipe.to_dict())):
+        if not one.started:
+            continue
+        resolved = RunFolder(one.folder).recipe()
+        if change := changed_key(resolved.to_dict(), adopted(one.recipe, resolved).to_dict()):
             key, old, new = change
             raise RunError(
                 f"{one.folder}: was run with {key} {old!r}, now it is {new!r}; compare into another folder by --out"

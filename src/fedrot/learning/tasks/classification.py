@@ -33,8 +33,9 @@ def encode(tokenizer: Any, rows: Rows, max_length: int) -> Encoded:
 
 
 def loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy in float32; `logits` (n, labels), `labels` (n)."""
-    return torch.nn.functional.cross_entropy(logits.float(), labels, reduction=reduction)
+    """Cross-entropy in float32 or better; `logits` (n, labels), `labels` (n)."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(wide, labels, reduction=reduction)
 
 
 def score(predicted: Tensor, labels: Tensor, losses: Tensor) -> dict[str, float]:

@@ -1,0 +1,68 @@
+"""What a machine can hold and does well: devices, threads, precision, and how many clients to stack.
+
+All from what the machine is and from shapes, never by timing: a recipe gives the same choice each time.
+"""
+
+import os
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Device = Literal["cpu", "cuda"]
+
+# Matrix products are at full speed from about this many rows on; more only take memory (docs/performance.md).
+_ROWS = {"cpu": 2048, "cuda": 32768}
+# At most this share of the memory goes to what a forward pass keeps for the backward pass.
+_MEMORY_SHARE = 0.25
+
+
+def devices(kind: Device | None, workers: int | None) -> tuple[Device, int]:
+    """(kind of device, number of workers), chosen where None: every GPU there is, or one worker on the CPU."""
+    kind = kind or ("cuda" if torch.cuda.is_available() else "cpu")
+    return kind, workers or (torch.cuda.device_count() if kind == "cuda" else 1)
+
+
+def available_threads() -> int:
+    """Cores that this process may use, or OMP_NUM_THREADS where it is set."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def fast_bfloat16(device: str) -> bool:
+    """Whether the device multiplies bfloat16 matrices faster than float32: GPUs that know it, CPUs with AMX."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def memory(device: str) -> int:
+    """Bytes of memory of the device, whatever is in use now."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def stack_width(
+    model: nn.Module,
+    rows: float,  # rows (tokens, with their padding) of one client's step
+    device: str,
+    bytes_there: int,
+) -> int:
+    """How many clients to train at once: enough for full matrix products, as far as the memory goes; at least one."""
+    fits = _MEMORY_SHARE * bytes_there / activation_bytes(model)
+    return max(1, int(min(_ROWS[device], fits) / max(1.0, rows)))
+
+
+def activation_bytes(model: nn.Module) -> int:
+    """About what the backward pass needs of one row: the inputs and outputs of all linear layers, half as much again
+    for what lies between them, in float32.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    def width(module: Any) -> int:
+        return sum(module.weight.shape) if isinstance(module, (nn.Linear, Conv1D)) else 0
+
+    return max(1, 6 * sum(width(module) for module in model.modules()))
