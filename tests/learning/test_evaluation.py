@@ -11,7 +11,7 @@ from learning_helpers import encoded_splits, quick, resident, seeds, shaken
 
 from fedrot.core.adapter import Adapter
 from fedrot.learning.encoding import Encoded
-from fedrot.learning.evaluation import Evaluation, How, chosen_rows, evaluate, predict
+from fedrot.learning.evaluation import Evaluation, How, alone, chosen_rows, evaluate, predict
 from fedrot.learning.models import ResidentModel
 from fedrot.learning.tasks.classification import score
 
@@ -80,7 +80,7 @@ def everything(data: Encoded) -> np.ndarray:
 def test_scores_are_those_of_a_plain_loop_whole_and_by_client(
     model: ResidentModel, adapters: dict[str, Adapter], data: Encoded, parts: dict[str, np.ndarray]
 ) -> None:
-    found = evaluate(model, {"": adapters["a"]}, data, "test", parts, everything(data), How(7))
+    found = evaluate(alone(model), {"": adapters["a"]}, data, "test", parts, everything(data), How(7))
     reference = plain(model, adapters["a"], data, everything(data))
     assert len({guess for guess, *_ in reference}) == 2
     assert found.scores == near(scores_of(reference))
@@ -93,13 +93,13 @@ def test_scores_are_those_of_a_plain_loop_whole_and_by_client(
 def test_personal_adapters_are_scored_on_their_own_rows(
     model: ResidentModel, adapters: dict[str, Adapter], data: Encoded, parts: dict[str, np.ndarray]
 ) -> None:
-    found = evaluate(model, adapters, data, "test", parts, everything(data), How(16))
+    found = evaluate(alone(model), adapters, data, "test", parts, everything(data), How(16))
     reference = {client: plain(model, adapters[client], data, places) for client, places in parts.items()}
     assert found.model == "personal"
     for client, own in reference.items():
         assert found.clients[client] == near(scores_of(own))
     assert found.scores == near(scores_of([row for own in reference.values() for row in own]))
-    shared = evaluate(model, {"": adapters["a"]}, data, "test", parts, everything(data), How(16))
+    shared = evaluate(alone(model), {"": adapters["a"]}, data, "test", parts, everything(data), How(16))
     assert found.clients["a"] == near(dict(shared.clients["a"]))
     assert found.clients["b"]["loss"] != pytest.approx(shared.clients["b"]["loss"], rel=1e-3)
 
@@ -119,7 +119,7 @@ def test_what_ran_before_does_not_matter(
     model: ResidentModel, adapters: dict[str, Adapter], data: Encoded, parts: dict[str, np.ndarray]
 ) -> None:
     def scored(client: str) -> Evaluation:
-        return evaluate(model, {"": adapters[client]}, data, "test", parts, everything(data), How(16))
+        return evaluate(alone(model), {"": adapters[client]}, data, "test", parts, everything(data), How(16))
 
     first = scored("a")
     model.set_dropout_key((1, "left on"))
@@ -134,7 +134,7 @@ def test_a_limit_scores_those_rows_and_clients_without_one_have_no_score(
     rows = np.sort(np.concatenate([parts["a"][:5], parts["c"][:4]]))
     reference = dict(zip(rows.tolist(), plain(model, adapters["a"], data, rows), strict=True))
     for chosen in ({"": adapters["a"]}, dict.fromkeys("abc", adapters["a"])):
-        found = evaluate(model, chosen, data, "test", parts, rows, How(16))
+        found = evaluate(alone(model), chosen, data, "test", parts, rows, How(16))
         assert found.examples == 9
         assert set(found.clients) == {"a", "c"}
         assert found.scores == near(scores_of(list(reference.values())))

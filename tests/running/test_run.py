@@ -16,6 +16,7 @@ from fakes import go, outcome
 
 from fedrot import Adapter
 from fedrot.core.errors import DataError, FedrotError, RunError
+from fedrot.running.choices import adopted
 from fedrot.running.folder import RunFolder
 from fedrot.running.recipe import Recipe
 from fedrot.running.recipe_file import parse_recipe
@@ -30,7 +31,9 @@ def test_a_run_learns_and_leaves_a_complete_folder(tiny_values: dict[str, Any], 
     assert result["final"]["accuracy"] > 0.75
     assert set(result["final"]["by_client"]) == {"books", "films", "music"}
     assert result["final"]["worst"] == min(result["final"]["by_client"].values())
-    assert folder.recipe() == parse_recipe(tiny_values, ["--rounds", "8", "--local.steps", "8"])
+    resolved = folder.recipe()
+    assert None not in vars(resolved.compute).values(), "nothing is left open in the resolved recipe"
+    assert resolved == adopted(parse_recipe(tiny_values, ["--rounds", "8", "--local.steps", "8"]), resolved)
 
 
 def test_the_same_recipe_gives_the_same_bits_in_another_process(recipe_file: Any, tmp_path: Path) -> None:

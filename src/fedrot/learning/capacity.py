@@ -17,10 +17,17 @@ _ROWS = {"cpu": 2048, "cuda": 32768}
 _MEMORY_SHARE = 0.25
 
 
-def devices(kind: Device | None, workers: int | None) -> tuple[Device, int]:
-    """(kind of device, number of workers), chosen where None: every GPU there is, or one worker on the CPU."""
+# Beyond this many workers Python's one lock is felt.
+_WORKERS = 8
+
+
+def devices(kind: Device | None) -> tuple[Device, int]:
+    """(kind of device, workers that it can do with): every GPU there is, or the CPU's cores.
+
+    On the CPU, workers of one thread each are faster than one worker of as many threads (docs/performance.md).
+    """
     kind = kind or ("cuda" if torch.cuda.is_available() else "cpu")
-    return kind, workers or (torch.cuda.device_count() if kind == "cuda" else 1)
+    return kind, torch.cuda.device_count() if kind == "cuda" else min(_WORKERS, available_threads())
 
 
 def available_threads() -> int:
@@ -31,14 +38,14 @@ def available_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def fast_bfloat16(device: str) -> bool:
+def fast_bfloat16(device: Device) -> bool:
     """Whether the device multiplies bfloat16 matrices faster than float32: GPUs that know it, CPUs with AMX."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported()
     return bool(torch.cpu._is_amx_tile_supported())
 
 
-def memory(device: str) -> int:
+def memory(device: Device) -> int:
     """Bytes of memory of the device, whatever is in use now."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory
@@ -48,8 +55,8 @@ def memory(device: str) -> int:
 def stack_width(
     model: nn.Module,
     rows: float,  # rows (tokens, with their padding) of one client's step
-    device: str,
-    bytes_there: int,
+    device: Device,
+    bytes_there: int,  # for each worker
 ) -> int:
     """How many clients to train at once: enough for full matrix products, as far as the memory goes; at least one."""
     fits = _MEMORY_SHARE * bytes_there / activation_bytes(model)

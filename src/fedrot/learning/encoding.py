@@ -1,8 +1,11 @@
 """Tokenised examples, kept once and shared by every client: flat arrays and offsets, no padding."""
 
 import hashlib
+import os
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -27,6 +30,21 @@ class Encoded:
     def lengths(self) -> NDArray[np.int64]:
         """(N) tokens of each example."""
         return np.diff(self.offsets)
+
+    def mapped(self) -> "Encoded":
+        """The same examples in a file that is mapped into memory and has no name: it goes when the process does.
+
+        The system can drop its pages and read them again; nothing of the examples stays on disk. The file lies where
+        temporary files do (TMPDIR).
+        """
+        with tempfile.TemporaryFile(prefix="fedrot-") as file:
+            return replace(
+                self,
+                tokens=_mapped(file, self.tokens),
+                segments=None if self.segments is None else _mapped(file, self.segments),
+                offsets=_mapped(file, self.offsets),
+                labels=_mapped(file, self.labels),
+            )
 
     def lengths_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens of these examples, without looking at the others."""
@@ -65,3 +83,13 @@ class Encoded:
             if array is not None:
                 digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
+
+
+def _mapped(file: IO[bytes], array: NDArray[Any]) -> NDArray[Any]:
+    """`array` appended to the file and mapped from there."""
+    start = file.seek(0, os.SEEK_END)
+    start += -start % array.itemsize
+    file.seek(start)
+    file.write(array.tobytes())
+    file.flush()
+    return np.memmap(file, array.dtype, "r", start, array.shape)

@@ -1,7 +1,8 @@
 """Scoring an adapter on a split: the whole of it, and each client's part."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,8 +69,20 @@ def predict(
     return predicted, losses
 
 
+Piece = tuple[Adapter, NDArray[np.int64]]  # an adapter and places among the rows that it is to score
+Spread = Callable[[Callable[[ResidentModel, Piece], tuple[Tensor, Tensor]], Sequence[Piece]], Iterable[Any]]
+
+# Batches of a piece of work.
+_PIECE = 4
+
+
+def alone(model: ResidentModel) -> Spread:
+    """All pieces on one model."""
+    return lambda work, pieces: (work(model, piece) for piece in pieces)
+
+
 def evaluate(
-    model: ResidentModel,
+    spread: Spread,
     adapters: Mapping[str, Adapter],
     data: Encoded,
     split: str,
@@ -77,7 +90,7 @@ def evaluate(
     rows: NDArray[np.int64],
     how: How,
 ) -> Evaluation:
-    """Score `rows` of a split.
+    """Score `rows` of a split. `spread` puts pieces of work through one or several models, with results in their order.
 
     `parts` are the clients' places in the split, which cover it; a client without a row among `rows` has no score.
     `adapters` is {'': the global adapter}, or one adapter a client when each has parameters of its own.
@@ -86,16 +99,20 @@ def evaluate(
     for client, places in parts.items():
         owner[places] = client
     owners = owner[rows]
-    predicted, losses = torch.empty(len(rows), dtype=torch.int64), torch.empty(len(rows))
+    pieces: list[Piece] = []
     for client, adapter in adapters.items():
         mine = np.arange(len(rows)) if client == "" else np.flatnonzero(owners == client)
-        if len(mine):
-            predicted[mine], losses[mine] = predict(model, adapter, data, rows[mine], how)
-    labels = torch.from_numpy(data.labels[rows])
+        mine = mine[np.argsort(data.lengths_of(rows[mine]), kind="stable")]
+        pieces += [(adapter, mine[i : i + _PIECE * how.batch]) for i in range(0, len(mine), _PIECE * how.batch)]
+    predicted, losses = torch.empty(len(rows), dtype=torch.int64), torch.empty(len(rows))
+    found = spread(lambda model, piece: predict(model, piece[0], data, rows[piece[1]], how), pieces)
+    for (_, places), (labels, loss) in zip(pieces, found, strict=True):
+        predicted[places], losses[places] = labels, loss
+    truth = torch.from_numpy(data.labels[rows])
     clients = {}
     for client in parts:
         mine = np.flatnonzero(owners == client)
         if len(mine):
-            clients[client] = classification.score(predicted[mine], labels[mine], losses[mine])
+            clients[client] = classification.score(predicted[mine], truth[mine], losses[mine])
     kind = "global" if "" in adapters else "personal"
-    return Evaluation(split, len(rows), classification.score(predicted, labels, losses), kind, clients)
+    return Evaluation(split, len(rows), classification.score(predicted, truth, losses), kind, clients)

@@ -1,5 +1,6 @@
 """The base model with PEFT's adapters in it: loaded once, shared by every client; only factors and head are swapped."""
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -51,8 +52,7 @@ class ResidentModel:
                 self._lora[name] = (factors[0], factors[1])
                 self._modules[name] = module
                 self._flags[name] = bool(getattr(module, "fan_in_fan_out", False))
-                old = module.lora_dropout[_PEFT_NAME]
-                dropout = KeyedDropout(getattr(old, "p", 0.0), name)
+                dropout = KeyedDropout(getattr(module.lora_dropout[_PEFT_NAME], "p", 0.0), name)
                 module.lora_dropout[_PEFT_NAME] = dropout
                 self._dropouts.append(dropout)
             elif isinstance(module, ModulesToSaveWrapper):
@@ -124,6 +124,15 @@ class ResidentModel:
             found += [(f"layers/{name}/a", a)] if "a" in parts else []
             found += [(f"layers/{name}/b", b)] if "b" in parts else []
         return found + ([(f"head/{n}", p) for n, p in self._head.items()] if "head" in parts else [])
+
+    def replica(self, device: torch.device) -> "ResidentModel":
+        """A model of its own with the same adapter, for a worker beside this one; on one device the base is shared."""
+        shared: dict[int, Any] = {}
+        if device == self.device:
+            for parameter in self._base.values():
+                # A parameter of its own, so that a change of the base stays with its model, on the same memory.
+                shared[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False)
+        return ResidentModel(copy.deepcopy(self.model, shared).to(device), self.tokenizer)
 
     def lora_modules(self) -> Mapping[str, Any]:
         """PEFT's module of every adapted layer; its `get_base_layer()` is the layer itself."""

@@ -11,29 +11,26 @@ from fedrot.learning.encoding import Encoded
 from fedrot.learning.models import ResidentModel
 from fedrot.learning.partition import Partition
 from fedrot.running.recipe import Recipe
+from fedrot.running.settings import drawn_count
 
 
 def for_machine(recipe: Recipe) -> Recipe:
-    """Device, workers, threads and precision. `RecipeError` for a device that is not there."""
+    """Device and precision. `RecipeError` for a device that is not there."""
     asked = recipe.compute
-    device, workers = devices(asked.device, asked.workers)
-    if device == "cuda":
-        there = devices("cuda", None)[1]
-        if there == 0:
-            raise RecipeError("compute.device: PyTorch sees no GPU here; use cpu")
-        if workers > there:
-            raise RecipeError(f"compute.workers is {workers}, there are {there} GPUs")
-    threads = asked.threads or max(1, available_threads() // workers)
+    device, there = devices(asked.device)
+    if device == "cuda" and there == 0:
+        raise RecipeError("compute.device: PyTorch sees no GPU here; use cpu")
+    if device == "cuda" and (asked.workers or 1) > there:
+        raise RecipeError(f"compute.workers is {asked.workers}, PyTorch sees {there} GPUs here")
     local = recipe.local
     if local.precision == "auto":
         local = replace(local, precision="bf16" if fast_bfloat16(device) else "fp32")
-    compute = replace(asked, device=device, workers=workers, threads=threads)
-    return replace(recipe, compute=compute, local=local)
+    return replace(recipe, compute=replace(asked, device=device), local=local)
 
 
 def for_model(recipe: Recipe, model: ResidentModel, data: Encoded, partition: Partition) -> Recipe:
-    """Packing and the width of the stack, for a recipe whose machine is chosen. `RecipeError` where packing was asked
-    for and the architecture is not known.
+    """Packing, workers, threads and the width of the stack, for a recipe whose device is chosen. `RecipeError` where
+    packing was asked for and the architecture is not known.
     """
     asked = recipe.compute
     if asked.packing and not model.packable:
@@ -43,17 +40,21 @@ def for_model(recipe: Recipe, model: ResidentModel, data: Encoded, partition: Pa
             f"{', '.join(PACKABLE)}; set it to null or false"
         )
     packing = model.packable if asked.packing is None else asked.packing
+    device, workers = devices(asked.device)
+    sizes = [len(indices) for indices in partition.indices["train"].values()]
+    clients = drawn_count(len(sizes), recipe.federation.participation)
+    if recipe.method.capabilities.pooled:
+        clients = 1
+    workers = asked.workers or max(1, min(workers, clients))
     width = asked.stack
     if width is None:
-        lengths = data.lengths
-        sizes = [len(indices) for indices in partition.indices["train"].values()]
-        batch = min(recipe.local.batch, int(np.median(sizes)))
-        # Batches are of like length, so padded ones are little longer than packed ones.
-        rows = batch * float(lengths.mean()) * (1.0 if packing else 1.2)
-        device = asked.device or "cpu"
-        clients = 1 if recipe.method.capabilities.pooled else len(sizes)
-        width = min(clients, 1024, stack_width(model.model, rows, device, memory(device)))
-    return replace(recipe, compute=replace(asked, packing=packing, stack=width))
+        # A padded stack is as long as the longest example of any of its clients.
+        tokens = float(data.lengths.mean() if packing else data.lengths.max())
+        rows = min(recipe.local.batch, float(np.median(sizes))) * tokens
+        wanted = stack_width(model.model, rows, device, memory(device) // (workers if device == "cpu" else 1))
+        width = max(1, min(wanted, -(-clients // workers), 1024))
+    threads = asked.threads or max(1, available_threads() // workers)
+    return replace(recipe, compute=replace(asked, packing=packing, workers=workers, stack=width, threads=threads))
 
 
 def adopted(recipe: Recipe, resolved: Recipe) -> Recipe:

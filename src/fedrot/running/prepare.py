@@ -55,7 +55,6 @@ def divided(recipe: Recipe) -> tuple[Dataset, Partition]:
 def prepare(recipe: Recipe) -> Prepared:
     """Read and divide the data, load the model, encode the splits that are used, choose what the recipe leaves open."""
     recipe = for_machine(recipe)
-    torch.set_num_threads(recipe.compute.threads or 1)
     dataset, partition = divided(recipe)
     model = load_model(recipe.model, recipe.lora, dataset.labels, recipe.seed)
     longest = model.longest()
@@ -63,11 +62,12 @@ def prepare(recipe: Recipe) -> Prepared:
         raise DataError(f"data.max_length is {recipe.data.max_length}, {recipe.model.path} has {longest} positions")
     wanted = {"train", recipe.evaluation.split, recipe.evaluation.final}
     encoded = {
-        split: classification.encode(model.tokenizer, rows, recipe.data.max_length)
+        split: classification.encode(model.tokenizer, rows, recipe.data.max_length).mapped()
         for split, rows in dataset.splits.items()
         if split in wanted
     }
     recipe = for_model(recipe, model, encoded["train"], partition)
+    torch.set_num_threads(recipe.compute.threads or 1)
     return Prepared(recipe, dataset, partition, model, encoded)
 
 

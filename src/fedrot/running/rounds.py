@@ -21,6 +21,7 @@ from fedrot.running.client import travelling_parts
 from fedrot.running.engine import Engine, Failure
 from fedrot.running.recipe import Recipe
 from fedrot.running.records import Seen, add_diagnostics, broadcast_bytes, outcome_of, round_record
+from fedrot.running.settings import drawn_count
 
 
 class Watcher(Protocol):
@@ -180,16 +181,11 @@ def _second_phase(
 
 def draw_clients(clients: Sequence[str], participation: float, seed: int, round: int) -> list[str]:
     """The clients of a round, sorted; at least one. Depends on seed, round and the clients' names alone."""
-    count = max(1, round_half_up(participation * len(clients)))
+    count = drawn_count(len(clients), participation)
     if count == len(clients):
         return sorted(clients)
     order = torch.randperm(len(clients), generator=generator(seed, round, "draw")).tolist()
     return sorted(sorted(clients)[i] for i in order[:count])
-
-
-def round_half_up(value: float) -> int:
-    """2.5 -> 3, unlike Python's round."""
-    return math.floor(value + 0.5)
 
 
 def in_order(results: Iterable[Upload | Failure], expected: Sequence[str]) -> Iterator[Upload | Failure]:

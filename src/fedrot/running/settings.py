@@ -1,7 +1,13 @@
 """Settings of the running floor: plain frozen records that import nothing heavy."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
+
+
+def drawn_count(clients: int, participation: float) -> int:
+    """How many of the clients take part in a round: the nearest whole number, halves up, at least one."""
+    return max(1, math.floor(participation * clients + 0.5))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The embedded engine: every client in this process, one after the other, on one resident base model."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -9,10 +10,12 @@ from fedrot.core.adapter import Adapter
 from fedrot.core.methods.base import Broadcast, ClientState, Upload
 from fedrot.learning.evaluation import Evaluation, How, chosen_rows, evaluate
 from fedrot.learning.local import LocalFailure
+from fedrot.learning.models import ResidentModel
 from fedrot.running.client import ClientData, Round, own_model, play_clients
 from fedrot.running.engine import Failure
 from fedrot.running.prepare import Prepared
 from fedrot.running.recipe import Recipe
+from fedrot.running.workers import Item, Result, Workers
 
 EVERYONE = "everyone"  # the one client of centralised training
 
@@ -22,7 +25,8 @@ class Simulation:
 
     def __init__(self, ready: Prepared) -> None:
         recipe, partition = ready.recipe, ready.partition
-        self._recipe, self._model, self._encoded, self._partition = recipe, ready.model, ready.encoded, partition
+        self._recipe, self._encoded, self._partition = recipe, ready.encoded, partition
+        self._workers = Workers(ready.model, recipe.compute.workers or 1, recipe.compute.device or "cpu")
         self._states: dict[str, ClientState] = {}
         self._pending: dict[str, ClientState] = {}  # of the round that runs, until its uploads are accepted
         self._asked: dict[str, Round] = {}  # likewise, where a second phase will ask for what was trained
@@ -42,11 +46,15 @@ class Simulation:
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Upload | Failure]:
         """One round of local training, as many clients at once as a stack has."""
         self._pending, self._asked = {}, {}
-        self._model.change_base(broadcast.base_delta)
         width = self._recipe.compute.stack or 1
-        for first in range(0, len(clients), width):
-            together = [(self._data[name], self._states.get(name, {})) for name in clients[first : first + width]]
-            for name, made in play_clients(together, broadcast, self._recipe, self._model):
+        stacks = (clients[first : first + width] for first in range(0, len(clients), width))
+
+        def work(model: ResidentModel, names: Sequence[str]) -> list[tuple[str, Round | LocalFailure]]:
+            together = [(self._data[name], self._states.get(name, {})) for name in names]
+            return list(play_clients(together, broadcast, self._recipe, model))
+
+        for stack in self._map(broadcast, work, stacks):
+            for name, made in stack:
                 if isinstance(made, LocalFailure):
                     yield Failure(name, str(made))
                     continue
@@ -74,9 +82,20 @@ class Simulation:
         adapters = {"": broadcast.adapter}
         if personal(self._recipe):
             adapters = {name: self.own_model(broadcast, name) for name in self.clients}
-        self._model.change_base(broadcast.base_delta)
         how = How(settings.batch, self._recipe.local.precision, bool(self._recipe.compute.packing))
-        return evaluate(self._model, adapters, data, split, parts, rows, how)
+
+        return evaluate(partial(self._map, broadcast), adapters, data, split, parts, rows, how)
+
+    def _map(
+        self, broadcast: Broadcast, work: Callable[[ResidentModel, Item], Result], items: Iterable[Item]
+    ) -> Iterator[Result]:
+        """`work` on every item by models whose base is changed as the broadcast says."""
+
+        def on_base(model: ResidentModel, item: Item) -> Result:
+            model.change_base(broadcast.base_delta)
+            return work(model, item)
+
+        return self._workers.map(on_base, items)
 
     def own_model(self, broadcast: Broadcast, client: str) -> Adapter:
         """The adapter that a client would use itself."""
