@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fedrot.core.adapter import Adapter, same_form, stacks
+from fedrot.core.adapter import Adapter, LoraPair, same_form, stacks
 from fedrot.core.errors import AdapterError, FedrotError, choices
 from fedrot.core.linalg import procrustes, regularised, soften
 
@@ -68,7 +68,8 @@ def same_layers(adapter: Adapter, reference: Adapter) -> None:
 def check_finite(adapter: Adapter) -> None:
     """Raise `AdapterError` naming the first tensor that holds NaN or infinite values."""
     for name, tensor in adapter.tensors():
-        if not bool(torch.isfinite(tensor).all()):
+        # One pass: a sum is not finite if a number is not. That of finite ones can overflow, so then it is looked at.
+        if not math.isfinite(tensor.sum()) and not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{name} holds values that are not finite (NaN or infinite)")
 
 
@@ -98,11 +99,56 @@ def find_rotations(
     The adapter has the reference's layers and shapes.
     """
     strength = check_strength(strength)
-    for one in (adapter, reference):
-        check_finite(one)
     for what, value, kind in (("factor", factor, Factor), ("softening", softening, Softening)):
         if value not in get_args(kind):
             raise FedrotError(f"{what} must be {choices(get_args(kind))}, got {value!r}")
+    for one in (adapter, reference):
+        check_finite(one)
+    if factor == "joint" or guard or strength == "auto":
+        return _weighed_rotations(adapter, reference, factor, strength, softening, guard)
+    by_rank: dict[int, list[str]] = {}
+    for name, pair in adapter.layers.items():
+        by_rank.setdefault(pair.rank, []).append(name)
+    found: dict[str, Tensor] = {}
+    for names in by_rank.values():
+        # Factors are read where they lie: putting them side by side would cost more than all the rest.
+        sides = (_sides(adapter.layers[name], reference.layers[name], factor) for name in names)
+        inner, noise = (torch.stack(t) for t in zip(*(_inner(*both) for both in sides), strict=True))
+        found.update(zip(names, _turned(inner, noise, strength, softening), strict=True))
+    return found
+
+
+def _turned(m: Tensor, noise: Tensor, strength: float, softening: Softening) -> Tensor:  # (L, r, r)
+    """The softened rotations for the correlations m (L, r, r), whose rounding noise is at the levels `noise` (L)."""
+    if softening == "regularised":
+        return regularised(m, strength, noise)
+    return soften(procrustes(m, noise), strength)
+
+
+def _sides(pair: LoraPair, reference: LoraPair, factor: Factor) -> tuple[Tensor, Tensor]:
+    """The factor and the reference's, (r, d) each, so that M = left right^T."""
+    return (pair.a, reference.a) if factor == "A" else (pair.b.mT, reference.b.mT)
+
+
+# Columns that are widened to float64 at a time, so that the copy stays in the processor's cache.
+_COLUMNS = 4096
+
+
+def _inner(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:  # (r, d), (r, d) -> (r, r), ()
+    """Left right^T in float64, and the level of rounding noise in it."""
+    eps = max(torch.finfo(t.dtype).eps for t in (left, right))
+    m = left2 = right2 = torch.zeros((), dtype=torch.float64, device=left.device)
+    for start in range(0, left.shape[1], _COLUMNS):
+        one, other = (t[:, start : start + _COLUMNS].double() for t in (left, right))
+        m = m + one @ other.mT
+        left2, right2 = left2 + torch.linalg.vector_norm(one) ** 2, right2 + torch.linalg.vector_norm(other) ** 2
+    return m, eps * (left2 * right2).sqrt() / math.sqrt(left.numel())
+
+
+def _weighed_rotations(
+    adapter: Adapter, reference: Adapter, factor: Factor, strength: Strength, softening: Softening, guard: bool
+) -> dict[str, Tensor]:
+    """Rotations for which both factors are weighed against each other."""
     found: dict[str, Tensor] = {}
     for stack in stacks([adapter, reference], torch.float64):
         pairs = [one.layers[name] for one in (adapter, reference) for name in stack.names]
@@ -110,18 +156,12 @@ def find_rotations(
         (a, a_ref), (b, b_ref) = stack.a, stack.b
         m, noise = _correlation(a, b, a_ref, b_ref, factor, eps)
         worth = partial(worth_turning, a=a, b=b, a_ref=a_ref, b_ref=b_ref, eps=eps)
-
-        def turned(lam: float, m: Tensor = m, noise: Tensor = noise) -> Tensor:
-            if softening == "regularised":
-                return regularised(m, lam, noise)
-            return soften(procrustes(m, noise), lam)
-
         if strength == "auto":
-            tried = torch.stack([turned(lam) for lam in _STRENGTHS])
+            tried = torch.stack([_turned(m, noise, lam, softening) for lam in _STRENGTHS])
             best = torch.stack([worth(one) for one in tried]).argmax(0)
             rotation = tried.gather(0, best[None, :, None, None].expand(1, *tried.shape[1:]))[0]
         else:
-            rotation = turned(strength)
+            rotation = _turned(m, noise, strength, softening)
         if guard or strength == "auto":
             eye = torch.eye(a.shape[-2], dtype=a.dtype, device=a.device)
             share = (a.shape[-2] - 1) / (2 * (a.shape[-1] + b.shape[-2]))
@@ -194,11 +234,12 @@ def rotate(adapter: Adapter, rotations: Rotations, keep_dtype: bool = False) -> 
     """(R^T A, B R) for every layer, computed and returned in at least float32 unless `keep_dtype`."""
     layers = {}
     for name, pair in adapter.layers.items():
-        r = rotations[name]
-        a, b = _times(r.mT, pair.a), _times(pair.b, r)
-        if keep_dtype:
-            a, b = a.to(pair.a.dtype), b.to(pair.b.dtype)
-        layers[name] = replace(pair, a=a, b=b)
+        dtype = torch.promote_types(pair.a.dtype, torch.float32)
+        r = rotations[name].to(dtype)
+        a, b = r.mT @ pair.a.to(dtype), pair.b.to(dtype) @ r
+        layers[name] = (
+            replace(pair, a=a.to(pair.a.dtype), b=b.to(pair.b.dtype)) if keep_dtype else replace(pair, a=a, b=b)
+        )
     return replace(adapter, layers=layers)
 
 
@@ -207,10 +248,3 @@ def rotate_back(adapter: Adapter, rotations: Rotations) -> Adapter:
     if not rotations:
         return adapter
     return rotate(adapter, {name: r.mT for name, r in rotations.items()})
-
-
-def _times(left: Tensor, right: Tensor) -> Tensor:
-    """Left @ right in the wider of float32 and the factor's own dtype; one of both is a float64 rotation."""
-    factor = right if left.dtype == torch.float64 and right.dtype != torch.float64 else left
-    dtype = torch.promote_types(factor.dtype, torch.float32)
-    return left.to(dtype) @ right.to(dtype)
