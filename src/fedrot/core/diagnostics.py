@@ -115,26 +115,18 @@ class SketchObserver:
 
     def __init__(self, width: int, seed: int) -> None:
         self._width, self._seed = width, seed
-        self._after: SketchedErrors | None = None
-        self._before: SketchedErrors | None = None
+        self._sketch: SketchedErrors | None = None
 
     def add(self, upload: Upload, weight: float) -> None:
-        """Fold one upload into both sketches, which share their random directions."""
-        if self._after is None or self._before is None:
-            self._after = SketchedErrors(upload.adapter, self._width, self._seed)
-            self._before = SketchedErrors(upload.adapter, self._width, self._seed)
-        self._after.add(upload.adapter, weight)
-        self._before.add(rotate_back(upload.adapter, upload.rotation), weight)
+        """Fold one upload in, in the frame it came in and turned back to its client's own."""
+        self._sketch = self._sketch or SketchedErrors(upload.adapter, self._width, self._seed)
+        self._sketch.add(upload.adapter, weight, rotate_back(upload.adapter, upload.rotation))
 
     def result(self, sent: Sequence[Adapter] = ()) -> AggregationErrors:
         """The errors over all uploads seen."""
-        if self._after is None or self._before is None:
+        if self._sketch is None:
             raise ValueError("no upload was seen")
-        layers = self._after.layers(sent)
-        for name, layer in self._before.layers().items():
-            layers[name]["before2"] = layer["after2"]
-            layers[name]["floor2"] = min(layers[name]["floor2"], layer["floor2"])
-        return AggregationErrors(layers, estimated=True, clients=self._after.count)
+        return AggregationErrors(self._sketch.layers(sent), estimated=True, clients=self._sketch.count)
 
 
 def exact_errors(adapters: list[Adapter], weights: list[float], rho: bool = False) -> dict[str, dict[str, float]]:

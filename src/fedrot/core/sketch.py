@@ -1,7 +1,8 @@
 """Aggregation errors of many clients from a streamed random sketch, in O(d k) memory whatever their number.
 
 With Gaussian Omega of k columns, E ||E Omega||_F^2 / k = ||E||_F^2 for every matrix E. The ideal update enters only as
-sum_i p_i B_i (A_i Omega) and, for the floor, as Psi sum_i p_i B_i A_i: both are sums over clients.
+sum_i p_i B_i (A_i Omega) and, for the floor, as Psi sum_i p_i B_i A_i: both are sums over clients, and the same before
+and after alignment, which turns a client's factors and leaves their product.
 """
 
 from collections.abc import Sequence
@@ -27,31 +28,33 @@ class _Layer:
         self.psi = torch.randn(min(2 * span + 1, d_out), d_out, generator=rng, dtype=torch.float64)
         self.right = torch.zeros(d_out, width + span, dtype=torch.float64)  # sum w_i s_i B_i A_i omega
         self.left = torch.zeros(self.psi.shape[0], d_in, dtype=torch.float64)  # sum w_i s_i psi B_i A_i
-        self.mean_a = torch.zeros(r, d_in, dtype=torch.float64)
-        self.mean_b = torch.zeros(d_out, r, dtype=torch.float64)
+        self.means = {  # of the factors, as they came and turned back
+            when: (torch.zeros(r, d_in, dtype=torch.float64), torch.zeros(d_out, r, dtype=torch.float64))
+            for when in ("after", "before")
+        }
 
-    def add(self, pair: LoraPair, weight: float) -> None:
-        a, b = pair.a.detach().cpu().double(), pair.b.detach().cpu().double() * pair.scale
-        self.right.add_(b @ (a @ self.omega), alpha=weight)
-        self.left.add_((self.psi @ b) @ a, alpha=weight)
-        self.mean_a.add_(a, alpha=weight)
-        self.mean_b.add_(b, alpha=weight)
+    def add(self, pair: LoraPair, before: LoraPair, weight: float) -> None:
+        a, b = _factors(pair)
+        self.right.addmm_(b, a @ self.omega, alpha=weight)
+        self.left.addmm_(self.psi @ b, a, alpha=weight)
+        for when, (one, other) in (("after", (a, b)), ("before", (a, b) if before is pair else _factors(before))):
+            self.means[when][0].add_(one, alpha=weight)
+            self.means[when][1].add_(other, alpha=weight)
 
     def squares(self, total: float, sent: Sequence[LoraPair]) -> dict[str, float]:
         right, left = self.right / total, self.left / total
-        mean_a, mean_b = self.mean_a / total, self.mean_b / total
         test, omega = right[:, : self.width], self.omega[:, : self.width]
-        error2 = self._norm2(test - mean_b @ (mean_a @ omega))
+        errors2 = {when: self._norm2(test - (b / total) @ ((a / total) @ omega)) for when, (a, b) in self.means.items()}
         best_b, best_a = self._best_rank_r(right[:, self.width :], left)
         made = sum((p.scale * (p.b.cpu().double() @ (p.a.cpu().double() @ omega)) for p in sent), torch.zeros(()))
         found = {} if not sent else {"sent2": self._norm2(test - made)}
         return {
             **found,
             "ideal2": self._norm2(test),
-            "before2": error2,
-            "after2": error2,
+            "before2": errors2["before"],
+            "after2": errors2["after"],
             # No rank-r average is below the floor, and the averaged factors are themselves of rank r.
-            "floor2": min(self._norm2(test - best_b @ (best_a @ omega)), error2),
+            "floor2": min(self._norm2(test - best_b @ (best_a @ omega)), *errors2.values()),
         }
 
     def _norm2(self, image: Tensor) -> float:
@@ -65,6 +68,10 @@ class _Layer:
         return q @ (u[:, :r] * s[:r]), vh[:r]
 
 
+def _factors(pair: LoraPair) -> tuple[Tensor, Tensor]:
+    return pair.a.detach().cpu().double(), pair.b.detach().cpu().double() * pair.scale
+
+
 class SketchedErrors:
     """Streamed estimates of a round's squared norms, by layer; see `diagnostics.AggregationErrors` for the keys."""
 
@@ -73,10 +80,11 @@ class SketchedErrors:
         self._total = 0.0
         self.count = 0
 
-    def add(self, adapter: Adapter, weight: float) -> None:
-        """Fold one client's factors in."""
+    def add(self, adapter: Adapter, weight: float, before: Adapter | None = None) -> None:
+        """Fold one client's factors in; `before` are the same ones before they were turned, if they were."""
+        before = before or adapter
         for name, layer in self._layers.items():
-            layer.add(adapter.layers[name], weight)
+            layer.add(adapter.layers[name], before.layers[name], weight)
         self._total += weight
         self.count += 1
 
