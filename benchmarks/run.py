@@ -1,148 +1,79 @@
 """Speed and memory as ratios measured in one run. Run: make bench. Writes build/bench.json.
 
 Everything that is compared is run in turns in this one process (memory: in processes of its own), and medians are
-taken: absolute times on a shared machine mean nothing. CPU time on one thread is what is compared.
+taken: absolute times on a shared machine mean nothing. CPU time on one thread is what is compared; the wall time of
+several workers stands beside it. docs/performance.md explains each line.
 """
 
 import argparse
 import json
-import os
-import platform
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 
+import alignment
 from aggregation import flexlora_against_dense
-from bare_loop import BareLoop
-from fedrot.core.methods.base import ServerState
-from fedrot.running.checkpoint import Checkpoint, save_checkpoint
 from fedrot.running.prepare import Prepared, prepare
-from fedrot.running.recipe import Recipe
-from fedrot.running.recipe_file import parse_recipe
-from fedrot.running.rounds import play_round
 from fedrot.running.simulation import Simulation
-
-BUILD = Path(__file__).parents[1] / "build"
-PHASES = ("train", "align", "check", "aggregate", "diagnose")
-
-
-@dataclass(frozen=True)
-class Result:
-    """A line of the table. Without a goal it is a figure for information."""
-
-    name: str
-    figure: float
-    unit: str = ""
-    goal: float | None = None
-
-    @property
-    def holds(self) -> bool:
-        """Whether the figure is at most the goal."""
-        return self.goal is None or self.figure <= self.goal
+from recipes import BUILD, make_recipe
+from rounds import against_published, price_of_alignment, second_state, way
+from scale import scale
+from table import Result, machine, show
+from throughput import throughput
 
 
-class Quiet:
-    """A watcher that shows nothing."""
-
-    def round_started(self, *_: object) -> None:
-        """Nothing."""
-
-    client_done = evaluating = round_finished = round_started
-
-
-def make_recipe(data: str | None, clients: int, steps: int, rank: int = 4) -> Recipe:
-    """MiniLM on SST-2, or on the VADER corpus where SST-2's folder is not given."""
-    source: dict[str, Any] = {"source": "glue", "name": "sst2", "path": data} if data else {"source": "vader"}
-    return parse_recipe(
-        {
-            "compute": {"threads": 1},
-            "model": {"path": "fetch:minilm"},
-            "lora": {"rank": rank},
-            "data": source,
-            "partition": {"kind": "iid", "clients": clients},
-            "local": {"steps": steps, "batch": 16},
-            "diagnostics": {"every": 1},
-            "evaluation": {"every": 1000, "limit": 872},
-        }
-    )
-
-
-def cpu(work: Callable[[], object]) -> float:
-    """CPU seconds of one call."""
-    began = time.process_time()
-    work()
-    return time.process_time() - began
-
-
-def round_against_bare_loop(recipe: Recipe, ready: Prepared, repeats: int) -> tuple[list[Result], dict[str, float]]:
-    """A simulated round with its checkpoint against a bare loop over the same batches."""
-    engine = Simulation(ready)
-    start = recipe.method.start(ready.model.read())
-    # Round 1, the first that rotates, from factors that a round has moved.
-    state, _ = play_round(recipe, engine, start, Quiet())
-    bare = BareLoop(recipe, ready, state.broadcast)
-    records: list[dict[str, Any]] = []
-    where = BUILD / "bench-checkpoints"
-
-    def ours() -> None:
-        new, record = play_round(recipe, engine, state, Quiet())
-        began = time.perf_counter()
-        save_checkpoint(where, Checkpoint(new), keep=1)
-        record["seconds"]["checkpoint"] = time.perf_counter() - began
-        records.append(record)
-
-    def evaluation() -> None:
-        engine.evaluate(state.broadcast, "validation", recipe.evaluation.limit)
-
-    ours()
-    bare.round()
-    pairs = [(cpu(ours), cpu(bare.round)) for _ in range(repeats)]
-    scoring = median(cpu(evaluation) for _ in range(max(2, repeats // 2)))
-    mine = median(p[0] for p in pairs)
-    seconds = {phase: median(r["seconds"].get(phase, 0.0) for r in records) for phase in (*PHASES, "checkpoint")}
-    seconds["evaluate"] = scoring
-    overhead = sum(v for k, v in seconds.items() if k not in ("train", "evaluate")) / len(engine.clients)
-    results = [
-        Result("round / bare PyTorch + PEFT loop, CPU time", median(a / b for a, b in pairs), "x", 1.1),
-        Result("beyond training and evaluation, a client", 1000 * overhead, "ms", 20.0),
-    ]
-    whole = sum(seconds.values())
-    results += [Result(f"share of a round with evaluation: {k}", 100 * v / whole, "%") for k, v in seconds.items()]
-    return results, {"cpu_seconds_round": mine, **seconds}
-
-
-def memory(data: str | None) -> list[Result]:
-    """Peak memory of a round with 40 clients against one with 4: the uploads are folded as they come."""
-    peaks = [_peak(data, clients) for clients in (4, 40)]
+def side_by_side(ready: Prepared, repeats: int) -> list[Result]:
+    """Wall time of training on two cores: one worker of two threads against two workers of one."""
+    state = second_state(ready)
+    half = max(1, (ready.recipe.compute.stack or 1) // 2)
+    ways = {
+        "one": (way(ready, workers=1), 1),
+        "threads": (way(ready, workers=1), 2),
+        "workers": (way(ready, workers=2, stack=half), 1),
+    }
+    engines = {name: (Simulation(made), threads) for name, (made, threads) in ways.items()}
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for turn in range(repeats + 1):
+        for name, (engine, threads) in engines.items():
+            torch.set_num_threads(threads)
+            began = time.perf_counter()
+            for _ in engine.train(state.broadcast, engine.clients):
+                pass
+            if turn:
+                times[name].append(time.perf_counter() - began)
+    torch.set_num_threads(1)
+    both = {name: median(a / b for a, b in zip(times["one"], times[name], strict=True)) for name in times}
     return [
-        Result("peak memory, 40 clients / 4 clients", peaks[1] / peaks[0], "x", 1.05),
-        Result("peak memory, 4 clients", peaks[0] / 1024, "MB"),
+        Result("threads: one worker of 2 threads, times as fast as one of 1, wall time", both["threads"], "x"),
+        Result("workers: two workers of 1 thread, times as fast as one of 1, wall time", both["workers"], "x"),
     ]
 
 
-def _peak(data: str | None, clients: int) -> int:
-    words = [sys.executable, __file__, "--peak", str(clients), *(["--data", data] if data else [])]
-    return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1])
+def aligned(repeats: int) -> list[Result]:
+    """Alignment alone, at the sizes of real adapters."""
+    results = []
+    for size in alignment.SIZES:
+        found = alignment.measured(size, repeats)
+        about = f"4. {size.name}, r = {size.rank} ({size.pairs} pairs)"
+        goal = 4.0 if size.rank <= 16 else None
+        results.append(Result(f"{about}: layer by layer / ours", found["loop"] / found["align"], "x", goal, True))
+        results.append(Result(f"{about}: ours / a copy", found["align"] / found["copy"], "x"))
+        results.append(Result(f"{about}: ours", 1000 * found["align"], "ms"))
+    return results
 
 
-def peak(data: str | None, clients: int) -> None:
-    """Run one round in this process and print its peak memory in KiB."""
-    # At rank 64 forty uploads that were held would be a tenth of the whole.
-    recipe = make_recipe(data, clients, steps=2, rank=64)
-    ready = prepare(recipe)
-    engine = Simulation(ready)
-    state: ServerState = recipe.method.start(ready.model.read())
-    play_round(recipe, engine, state, Quiet())
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+def flexlora(width: int) -> list[Result]:
+    """FlexLoRA's server at d = `width`, r = 16, 10 clients, against the dense way."""
+    share, distance = flexlora_against_dense(width=width)
+    return [
+        Result(f"flexlora's aggregation / dense product and SVD, d = {width}", 100 * share, "%", 2.0),
+        Result("the same: distance of the results, relative", distance, "", 1e-4),
+    ]
 
 
 def import_time(repeats: int) -> Result:
@@ -156,74 +87,55 @@ def import_time(repeats: int) -> Result:
     return Result("import fedrot", median(times["import fedrot"]) - median(times["pass"]), "s", 1.0)
 
 
-def flexlora(width: int) -> list[Result]:
-    """FlexLoRA's server at d = `width`, r = 16, 10 clients, against the dense way."""
-    share, distance = flexlora_against_dense(width=width)
-    return [
-        Result(f"flexlora's aggregation / dense product and SVD, d = {width}", 100 * share, "%", 2.0),
-        Result("the same: distance of the results, relative", distance, "", 1e-4),
-    ]
-
-
-def machine() -> dict[str, Any]:
-    """What this was measured on."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "compute": {"threads": 1},
-    }
-
-
-def show(results: list[Result], about: dict[str, Any]) -> None:
-    """The table."""
-    print("  ".join(f"{key}: {value}" for key, value in about.items()))
-    width = max(len(r.name) for r in results)
-    print(f"{'name':<{width}}  {'figure':>12}  {'goal':>12}  holds")
-    for r in results:
-        goal = "" if r.goal is None else f"<= {r.goal:g} {r.unit}"
-        print(f"{r.name:<{width}}  {r.figure:>9.3f} {r.unit:<2}  {goal:>12}  {'' if r.goal is None else r.holds}")
-
-
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description="Speed and memory as ratios measured in one run.")
-    parser.add_argument("--data", help="a folder with SST-2's train.tsv and dev.tsv (default: the VADER corpus)")
-    parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--data", help="a folder with SST-2's train.tsv and dev.tsv (default: VADER's movie reviews)")
+    parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10, help="local steps of a client")
+    parser.add_argument("--limit", type=int, default=872, help="rows that are scored in a round")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--scale", default="3,10,50,250,1000", help="numbers of clients")
+    parser.add_argument("--total", type=int, default=1000, help="local steps of a round of all these clients together")
     parser.add_argument("--width", type=int, default=4096, help="d of FlexLoRA's line")
-    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     call = parser.parse_args()
     torch.set_num_threads(1)
-    if call.peak:
-        return peak(call.data, call.peak)
     BUILD.mkdir(exist_ok=True)
-    recipe = make_recipe(call.data, call.clients, call.steps)
+    recipe = make_recipe(call.data, call.clients, call.steps, limit=call.limit)
     ready = prepare(recipe)
-    rounds, seconds = round_against_bare_loop(recipe, ready, call.repeats)
-    results = [*rounds, *flexlora(call.width), *memory(call.data), import_time(call.repeats)]
-    about = {**machine(), "data": call.data or "VADER corpus", "clients": call.clients, "steps": call.steps}
+    parts: dict[str, Callable[[], list[Result]]] = {
+        "a round": lambda: against_published(ready, call.repeats),
+        "throughput": lambda: throughput(ready, call.repeats),
+        "threads and workers": lambda: side_by_side(ready, call.repeats),
+        "numbers of clients": lambda: scale(call.data, [int(n) for n in call.scale.split(",")], call.total),
+        "alignment": lambda: aligned(call.repeats),
+        "the price of alignment": lambda: price_of_alignment(ready, call.repeats),
+        "aggregation": lambda: flexlora(call.width),
+        "import": lambda: [import_time(call.repeats)],
+    }
+    results: list[Result] = []
+    for name, part in parts.items():
+        print(f"measuring {name}", file=sys.stderr, flush=True)
+        results += part()
+    about: dict[str, Any] = {
+        **machine(),
+        "data": "SST-2" if call.data else "VADER movie reviews",
+        "clients": call.clients,
+        "steps": call.steps,
+        "tokens an example": round(float(ready.encoded["train"].lengths.mean()), 1),
+        "stack": ready.recipe.compute.stack,
+    }
     show(results, about)
     written = {
         "results": [
-            {"name": r.name, "figure": r.figure, "goal": r.goal, "holds": r.holds}
+            {"name": r.name, "figure": r.figure, "goal": r.goal, "at_least": r.at_least, "holds": r.holds}
             for r in results
             if r.goal is not None
         ],
         "figures": [{"name": r.name, "figure": r.figure, "unit": r.unit} for r in results if r.goal is None],
-        "seconds": seconds,
         "machine": about,
     }
     (BUILD / "bench.json").write_text(json.dumps(written, indent=1) + "\n")
-    return None
 
 
 if __name__ == "__main__":

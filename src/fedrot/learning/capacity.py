@@ -12,7 +12,7 @@ from torch import nn
 Device = Literal["cpu", "cuda"]
 
 # Matrix products are at full speed from about this many rows on; more only take memory (docs/performance.md).
-_ROWS = {"cpu": 2048, "cuda": 32768}
+_ROWS = {"cpu": 1024, "cuda": 32768}
 # At most this share of the memory goes to what a forward pass keeps for the backward pass.
 _MEMORY_SHARE = 0.25
 

@@ -1,30 +1,36 @@
-"""What fedrot is compared with: the training loop that one would write by hand with PyTorch and PEFT, and nothing else.
+"""What fedrot is compared with: the loop of the published code, written by hand with PyTorch and PEFT and nothing else.
 
-The same model, factors, batches and optimizer as a simulated round, client after client; factors are put in and read
-out as state dicts. The batches are collated beforehand, so the loop does not even pay for that.
+Every row is padded to one length, clients are trained one after the other, in float32, and the global model is
+scored on a fixed set of rows each round. Model, factors, examples and optimizer are those of the simulated round; the
+batches are collated beforehand, so the loop does not even pay for that.
 """
 
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedrot.core.methods.base import Broadcast
 from fedrot.learning.batching import shuffled_batches
+from fedrot.learning.encoding import Encoded
+from fedrot.learning.evaluation import chosen_rows
 from fedrot.learning.models import model_path
 from fedrot.running.prepare import Prepared
 from fedrot.running.recipe import Recipe
 
 
-class BareLoop:
-    """One round of local training of every client on a plain PEFT model."""
+class PublishedLoop:
+    """One round of local training of every client on a plain PEFT model, and its evaluation."""
 
-    def __init__(self, recipe: Recipe, ready: Prepared, broadcast: Broadcast) -> None:
+    def __init__(self, ready: Prepared, broadcast: Broadcast, length: int = 128) -> None:
         from peft import LoraConfig, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
         from transformers import AutoModelForSequenceClassification
 
         warnings.simplefilter("ignore", FutureWarning)
+        recipe, self.length = ready.recipe, length
         base = AutoModelForSequenceClassification.from_pretrained(
             model_path(recipe.model), num_labels=len(ready.dataset.labels)
         )
@@ -39,6 +45,10 @@ class BareLoop:
         self.recipe = recipe
         self.start = self._state(broadcast)
         self.batches = [self._batches(recipe, ready, broadcast, client) for client in sorted(ready.partition.clients)]
+        data, split = ready.encoded[recipe.evaluation.split], recipe.evaluation.split
+        rows = chosen_rows(len(data), recipe.evaluation.limit, recipe.seed, split)
+        pieces = [rows[i : i + recipe.evaluation.batch] for i in range(0, len(rows), recipe.evaluation.batch)]
+        self.scored = [self._padded(data, piece) for piece in pieces]
 
     def _state(self, broadcast: Broadcast) -> dict[str, Tensor]:
         state = {}
@@ -47,14 +57,29 @@ class BareLoop:
             state[f"base_model.model.{name}.lora_B.weight"] = pair.b
         return state | {f"base_model.model.{name}": t for name, t in broadcast.adapter.head.items()}
 
-    @staticmethod
+    def _padded(self, data: Encoded, rows: NDArray[np.int64]) -> tuple[dict[str, Tensor], Tensor]:
+        inputs, labels = data.batch(rows)
+        missing = self.length - inputs["input_ids"].shape[1]
+        fill = {"input_ids": data.pad}
+        wide = {n: torch.nn.functional.pad(t, (0, missing), value=fill.get(n, 0)) for n, t in inputs.items()}
+        return wide, labels
+
     def _batches(
-        recipe: Recipe, ready: Prepared, broadcast: Broadcast, client: str
+        self, recipe: Recipe, ready: Prepared, broadcast: Broadcast, client: str
     ) -> list[tuple[dict[str, Tensor], Tensor]]:
         data, indices = ready.encoded["train"], ready.partition.indices["train"][client]
         key = (recipe.seed, broadcast.round, client)
         order = shuffled_batches(data.lengths[indices], recipe.local.batch, key)
-        return [data.batch(indices[next(order)]) for _ in range(recipe.local.steps or 1)]
+        return [self._padded(data, indices[next(order)]) for _ in range(recipe.local.steps or 1)]
+
+    def evaluate(self) -> float:
+        """The accuracy of the global model."""
+        self.write(self.model, self.start)
+        right = 0
+        with torch.no_grad():
+            for inputs, labels in self.scored:
+                right += int((self.model(**inputs).logits.argmax(-1) == labels).sum())
+        return right / sum(len(labels) for _, labels in self.scored)
 
     def round(self) -> list[dict[str, Tensor]]:
         """Every client's trained state."""
