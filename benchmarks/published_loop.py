@@ -17,7 +17,7 @@ from fedrot.core.methods.base import Broadcast
 from fedrot.learning.batching import shuffled_batches
 from fedrot.learning.encoding import Encoded
 from fedrot.learning.evaluation import chosen_rows
-from fedrot.learning.models import model_path
+from fedrot.learning.loading import model_path
 from fedrot.running.prepare import Prepared
 from fedrot.running.recipe import Recipe
 

@@ -302,6 +302,8 @@ def test_progress_is_plain_lines_in_a_log(recipe_file: Any, tmp_path: Path) -> N
         env={**os.environ, "TERM": "xterm"},
     )
     lines = done.stderr.splitlines()
-    assert [line[:13] for line in lines] == ["round 0 [1/2]", "round 1 [2/2]"], done.stderr
-    assert all("validation accuracy" in line and "\x1b" not in line for line in lines)
+    assert lines[0].startswith("cpu, 1 worker of 1 thread, fp32"), done.stderr
+    assert [line[:13] for line in lines[1:]] == ["round 0 [1/2]", "round 1 [2/2]"], done.stderr
+    assert all("validation accuracy" in line for line in lines[1:])
+    assert all("\x1b" not in line for line in lines)
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["test", "adapter", "report"]

@@ -16,7 +16,8 @@ from fedrot.core.adapter import Adapter
 from fedrot.core.errors import DataError, FedrotError
 from fedrot.learning.data import Dataset, Rows
 from fedrot.learning.encoding import Encoded
-from fedrot.learning.models import ResidentModel, load_model
+from fedrot.learning.loading import load_model
+from fedrot.learning.models import ResidentModel
 from fedrot.learning.settings import DataSettings, LoraSettings, ModelSettings
 from fedrot.learning.sources.read import read_dataset
 from fedrot.learning.tasks import classification

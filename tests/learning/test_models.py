@@ -13,8 +13,9 @@ from learning_helpers import ALL, assert_same, changed, encoded_splits, refused,
 
 from fedrot.core.adapter import Adapter, part_of
 from fedrot.learning.encoding import Encoded
+from fedrot.learning.loading import model_path
 from fedrot.learning.local import train_local
-from fedrot.learning.models import ResidentModel, model_path
+from fedrot.learning.models import ResidentModel
 from fedrot.learning.settings import LocalSettings, ModelSettings
 
 STEPS = LocalSettings(lr=0.05, batch=8, steps=4)

@@ -120,6 +120,10 @@ class Silent:
     def __init__(self) -> None:
         self.records: list[Mapping[str, Any]] = []
         self.dropped: dict[str, str] = {}
+        self.how = ""
+
+    def prepared(self, how: str) -> None:
+        self.how = how
 
     def round_started(self, round: int, rounds: int, clients: Sequence[str]) -> None:
         return None

@@ -1,5 +1,6 @@
 """How the arithmetic is done: what is chosen, that it is kept, and that it changes nothing but rounding."""
 
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -190,3 +191,48 @@ def test_a_failed_client_in_a_worker_s_stack_is_dropped_alone(tiny_values: dict[
     tiny.play()
     assert set(tiny.records[0]["clients"]["dropped"]) == {"client-3"}
     assert "the loss is" in tiny.records[0]["clients"]["dropped"]["client-3"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_uploads_of_many_clients_stream_into_the_sum(workers: int, tiny_values: dict[str, Any]) -> None:
+    """Of sixty clients no more uploads live at once than the stacks that are being worked on have."""
+    sizes = ("--partition.kind=iid", "--partition.clients=60", "--local.batch=2", "--local.steps=1")
+    tiny = begin(tiny_values, *sizes, "--compute.stack=4", f"--compute.workers={workers}", "--diagnostics.every=0")
+    alive = most = 0
+
+    def gone() -> None:
+        nonlocal alive
+        alive -= 1
+
+    class Counted(type(tiny.recipe.method)):  # type: ignore[misc]
+        def client(self, *args: Any) -> Any:
+            nonlocal alive, most
+            result = super().client(*args)
+            weakref.finalize(next(iter(result.adapter.layers.values())).a, gone)
+            alive += 1
+            most = max(most, alive)
+            return result
+
+    tiny.engine.uploads = Forgetful()
+    object.__setattr__(tiny.recipe, "method", Counted())
+    tiny.play()
+    assert len(tiny.records[0]["clients"]["used"]) == 60
+    assert 0 < most <= 4 * (2 * workers + 1)
+
+
+class Forgetful(list[Any]):
+    """A list that keeps nothing."""
+
+    def __iadd__(self, other: Any) -> "Forgetful":
+        return self
+
+
+def test_how_the_arithmetic_is_done_is_said_in_a_line(tiny_values: dict[str, Any], tmp_path: Path) -> None:
+    from fakes import Silent
+
+    from fedrot.running.run import run
+
+    watcher = Silent()
+    run(parse_recipe(tiny_values, ["--rounds=1", "--compute.stack=2"]), tmp_path / "run", watcher)
+    assert watcher.how.startswith("cpu, 1 worker of 1 thread, fp32 (the processor has")
+    assert watcher.how.endswith("2 clients at once, packed examples")

@@ -14,8 +14,8 @@ from fedrot.core.adapter import LoraPair
 from fedrot.core.errors import FedrotError
 from fedrot.core.methods import methods
 from fedrot.core.ranks import cut
+from fedrot.learning.loading import load_model
 from fedrot.learning.local import train_local
-from fedrot.learning.models import load_model
 from fedrot.learning.settings import LoraSettings
 from fedrot.running.prepare import prepare
 from fedrot.running.recipe_file import parse_recipe

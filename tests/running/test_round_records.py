@@ -10,7 +10,7 @@ from fakes import FakeEngine, Silent, first_adapter
 from tiny_runs import begin
 
 from fedrot.core.methods import methods
-from fedrot.learning.models import load_model
+from fedrot.learning.loading import load_model
 from fedrot.learning.settings import LoraSettings, ModelSettings
 from fedrot.running.recipe_file import parse_recipe
 from fedrot.running.rounds import play_round

@@ -60,6 +60,10 @@ class PlainWatcher:
     def __exit__(self, *_: object) -> None:
         return None
 
+    def prepared(self, how: str) -> None:
+        """Say how the arithmetic is done."""
+        print(how, file=self._stream, flush=True)
+
     def round_started(self, round: int, rounds: int, clients: Sequence[str]) -> None:
         """Remember how many rounds there are."""
         self._rounds = rounds
@@ -101,6 +105,10 @@ class LiveWatcher:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+
+    def prepared(self, how: str) -> None:
+        """Say how the arithmetic is done, above the bars."""
+        self._progress.console.print(how, markup=False, highlight=False, soft_wrap=True)
 
     def round_started(self, round: int, rounds: int, clients: Sequence[str]) -> None:
         """Set both bars."""

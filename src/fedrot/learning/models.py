@@ -2,29 +2,23 @@
 
 import copy
 import hashlib
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedrot.core.adapter import Adapter, LoraPair, same_form
-from fedrot.core.errors import DataError, choices
-from fedrot.core.seeding import seed_of
+from fedrot.core.errors import DataError
 from fedrot.learning.architectures import first_position, packable, packed_logits, reads_last
 from fedrot.learning.batching import Batch, packed, padded, padded_layout
 from fedrot.learning.dropout import Key, KeyedDropout
 from fedrot.learning.encoding import Encoded
-from fedrot.learning.fetch import fetched
-from fedrot.learning.settings import LoraSettings, ModelSettings
 
-_PEFT_NAME = "default"
+PEFT_NAME = "default"
 
 
 class ResidentModel:
@@ -48,16 +42,16 @@ class ResidentModel:
         inner = model.base_model.model
         for name, module in inner.named_modules():
             if isinstance(module, LoraLayer):
-                factors: list[Any] = [module.lora_A[_PEFT_NAME].weight, module.lora_B[_PEFT_NAME].weight]
+                factors: list[Any] = [module.lora_A[PEFT_NAME].weight, module.lora_B[PEFT_NAME].weight]
                 self._lora[name] = (factors[0], factors[1])
                 self._modules[name] = module
                 self._flags[name] = bool(getattr(module, "fan_in_fan_out", False))
-                dropout = KeyedDropout(getattr(module.lora_dropout[_PEFT_NAME], "p", 0.0), name)
-                module.lora_dropout[_PEFT_NAME] = dropout
+                dropout = KeyedDropout(getattr(module.lora_dropout[PEFT_NAME], "p", 0.0), name)
+                module.lora_dropout[PEFT_NAME] = dropout
                 self._dropouts.append(dropout)
             elif isinstance(module, ModulesToSaveWrapper):
                 self._head_modules[name] = module
-                for key, parameter in module.modules_to_save[_PEFT_NAME].named_parameters():
+                for key, parameter in module.modules_to_save[PEFT_NAME].named_parameters():
                     self._head[f"{name}.{key}"] = parameter
         model.eval()
         for parameter in model.parameters():
@@ -70,12 +64,16 @@ class ResidentModel:
         self._start = self.read()
 
     def read(self) -> Adapter:
-        """A copy of the adapter that is in the model now."""
+        """A copy of the adapter that is in the model now; adapters are always in the CPU's memory."""
+
+        def copied(parameter: Tensor) -> Tensor:
+            return parameter.detach().to("cpu", copy=True)
+
         layers = {
-            name: LoraPair(a.detach().clone(), b.detach().clone(), self._scale(name), self._flags[name])
+            name: LoraPair(copied(a), copied(b), self._scale(name), self._flags[name])
             for name, (a, b) in self._lora.items()
         }
-        return Adapter(layers, {n: p.detach().clone() for n, p in self._head.items()}, self.config())
+        return Adapter(layers, {n: copied(p) for n, p in self._head.items()}, self.config())
 
     def write(self, adapter: Adapter) -> None:
         """Put an adapter of this model's layers into it; its ranks and scales may be others than those there now."""
@@ -86,7 +84,7 @@ class ResidentModel:
                     if parameter.shape != tensor.shape:
                         parameter.data = torch.empty_like(tensor, dtype=parameter.dtype, device=parameter.device)
                     parameter.copy_(tensor)
-                self._modules[name].scaling[_PEFT_NAME] = pair.scale
+                self._modules[name].scaling[PEFT_NAME] = pair.scale
             for name, parameter in self._head.items():
                 parameter.copy_(adapter.head[name])
 
@@ -115,7 +113,7 @@ class ResidentModel:
         self._delta = delta
 
     def _scale(self, name: str) -> float:
-        return float(self._modules[name].scaling[_PEFT_NAME])
+        return float(self._modules[name].scaling[PEFT_NAME])
 
     def parameters(self, parts: frozenset[str]) -> list[tuple[str, nn.Parameter]]:
         """(flat name, parameter) of the adapter's parts 'a', 'b', 'head'."""
@@ -124,6 +122,10 @@ class ResidentModel:
             found += [(f"layers/{name}/a", a)] if "a" in parts else []
             found += [(f"layers/{name}/b", b)] if "b" in parts else []
         return found + ([(f"head/{n}", p) for n, p in self._head.items()] if "head" in parts else [])
+
+    def to(self, device: torch.device) -> None:
+        """Move the whole model."""
+        self.model.to(device)
 
     def replica(self, device: torch.device) -> "ResidentModel":
         """A model of its own with the same adapter, for a worker beside this one; on one device the base is shared."""
@@ -140,7 +142,7 @@ class ResidentModel:
 
     def head_modules(self) -> Mapping[str, tuple[Any, nn.Module]]:
         """For each module that is trained in full: PEFT's wrapper, which the model calls, and the module in it."""
-        return {name: (wrapper, wrapper.modules_to_save[_PEFT_NAME]) for name, wrapper in self._head_modules.items()}
+        return {name: (wrapper, wrapper.modules_to_save[PEFT_NAME]) for name, wrapper in self._head_modules.items()}
 
     def dropout(self) -> float:
         """The share that LoRA dropout drops."""
@@ -200,7 +202,7 @@ class ResidentModel:
 
     def config(self) -> dict[str, Any]:
         """What adapter_config.json needs, as plain values."""
-        config = self.model.peft_config[_PEFT_NAME].to_dict()
+        config = self.model.peft_config[PEFT_NAME].to_dict()
         plain = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()}
         return plain | {"inference_mode": True}
 
@@ -254,126 +256,3 @@ def _at_ranks_of(form: Adapter, other: Adapter) -> Adapter:
         a, b = pair.a.new_zeros(rank, pair.a.shape[1]), pair.b.new_zeros(pair.b.shape[0], rank)
         layers[name] = replace(pair, a=a, b=b)
     return replace(form, layers=layers)
-
-
-def model_path(settings: ModelSettings) -> str:
-    """The folder or hub name that transformers is given."""
-    if not settings.path:
-        raise DataError("model.path: give a local folder, a hub name, or fetch:NAME (see `fedrot data`)")
-    if settings.path.startswith("fetch:"):
-        return str(fetched(settings.path.removeprefix("fetch:")))
-    if Path(settings.path).is_file():
-        raise DataError(f"{settings.path}: this is a file; give the model's folder (model.path)")
-    if settings.path.startswith((".", "/", "~")) and not Path(settings.path).expanduser().is_dir():
-        raise DataError(f"{settings.path}: no such model folder (model.path)")
-    return str(Path(settings.path).expanduser()) if settings.path.startswith("~") else settings.path
-
-
-def load_model(settings: ModelSettings, lora: LoraSettings, labels: Sequence[str], seed: int) -> ResidentModel:
-    """Load base model and tokenizer and inject fresh adapters; factors and head start from `seed` alone.
-
-    Raises `DataError` naming the recipe key: a model that cannot be loaded, targets that it does not have.
-    """
-    from peft import LoraConfig, TaskType, get_peft_model
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-
-    path = model_path(settings)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        # The libraries warn about each other's deprecations, which a user of fedrot can do nothing about.
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT then sets what is right
-        torch.manual_seed(seed_of(seed, "start"))
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, revision=settings.revision)
-            base, loaded = AutoModelForSequenceClassification.from_pretrained(
-                path,
-                revision=settings.revision,
-                num_labels=len(labels),
-                id2label=dict(enumerate(labels)),
-                label2id={name: i for i, name in enumerate(labels)},
-                dtype=getattr(torch, settings.dtype),
-                output_loading_info=True,
-                use_safetensors=True,  # nothing is unpickled
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
-            raise DataError(f"{path}: the model cannot be loaded ({_first_line(problem)}); see model.path") from None
-        _check_loaded(path, base, loaded["missing_keys"], tokenizer)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        base.config.pad_token_id = tokenizer.pad_token_id
-        _check_targets(lora.targets, base, settings.path)
-        config = LoraConfig(
-            task_type=TaskType.SEQ_CLS,
-            r=lora.rank,
-            lora_alpha=lora.alpha if lora.alpha is not None else 2 * lora.rank,  # type: ignore[arg-type]
-            lora_dropout=lora.dropout,
-            target_modules=lora.targets,
-            use_rslora=lora.rslora,
-            modules_to_save=_fresh_modules(loaded["missing_keys"]),
-        )
-        try:
-            model = get_peft_model(base, config)
-        except ValueError as problem:
-            raise DataError(
-                f"lora.targets: {lora.targets or 'the default'} fits no layer of {settings.path} "
-                f"({_first_line(problem)}); its linear layers are {choices(_linear_names(base))}"
-            ) from None
-        resident = ResidentModel(model.float() if settings.dtype == "float32" else _float_adapter(model), tokenizer)
-    model.peft_config[_PEFT_NAME].base_model_name_or_path = path
-    return resident
-
-
-def _check_loaded(path: str, base: Any, missing: Iterable[str], tokenizer: Any) -> None:
-    """Refuse what the library only warns of: parts of the base model that were not in the files and are random now.
-
-    Fresh modules on top of it, head and pooler, are what fine-tuning starts from; see `_fresh_modules`.
-    """
-    absent = sorted(n for n in missing if n.startswith(f"{base.base_model_prefix}.") and ".pooler." not in n)
-    if absent:
-        others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-        raise DataError(f"{path}: {absent[0]}{others} cannot be found in the model's files; see model.path")
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise DataError(f"{path}: the tokenizer has no vocabulary, its files are missing; see model.path")
-
-
-def _fresh_modules(missing: Iterable[str]) -> list[str] | None:
-    """Modules that the files lack and that PEFT does not count as head by itself, such as a pooler: they are drawn from
-    the seed, so they must be trained and saved with the adapter, or it would mean something else elsewhere.
-    """
-    modules = {name.rpartition(".")[0] for name in missing}
-    return sorted(m for m in modules if not {"classifier", "score"} & set(m.split("."))) or None
-
-
-def _check_targets(targets: Sequence[str] | None, base: nn.Module, path: str) -> None:
-    """Refuse a target that names no linear layer: PEFT passes over it when another one fits."""
-    names = [name for name, module in base.named_modules() if _is_linear(module)]
-    strange = [t for t in targets or () if not any(name == t or name.endswith(f".{t}") for name in names)]
-    if strange:
-        raise DataError(
-            f"lora.targets: {choices(strange)} fits no linear layer of {path}; those are {choices(_linear_names(base))}"
-        )
-
-
-def _is_linear(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, (nn.Linear, Conv1D))
-
-
-def _linear_names(base: nn.Module) -> set[str]:
-    return {name.rpartition(".")[2] for name, module in base.named_modules() if _is_linear(module)}
-
-
-def _float_adapter(model: nn.Module) -> nn.Module:
-    """Factors and head in float32 over a half-precision base."""
-    for name, parameter in model.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
-            parameter.data = parameter.data.float()
-    return model
-
-
-def _first_line(problem: BaseException) -> str:
-    return str(problem).strip().splitlines()[0][:160] if str(problem).strip() else type(problem).__name__

@@ -71,12 +71,12 @@ class Stack:
         }
 
     def own(self, client: int, name: str, tensor: Tensor) -> Tensor:
-        """A copy of one client's part of a stacked tensor, at the client's own rank."""
+        """A copy of one client's part of a stacked tensor, at the client's own rank, in the CPU's memory."""
         mine, part = tensor[client].detach(), part_of(name)
         if part != "head":
             rank = self._adapters[client].layers[name.removeprefix("layers/").rpartition("/")[0]].rank
             mine = mine[:rank] if part == "a" else mine[:, :rank]
-        return mine.clone()
+        return mine.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
     def _at_rank(self, name: str, tensor: Tensor) -> Tensor:
         """A narrow client's factors with zeros up to the stack's rank: their gradients are zero, so they stay zero."""

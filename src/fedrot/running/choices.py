@@ -65,3 +65,20 @@ def adopted(recipe: Recipe, resolved: Recipe) -> Recipe:
     if local.precision == "auto":
         local = replace(local, precision=resolved.local.precision)
     return replace(recipe, compute=compute, local=local)
+
+
+def described(recipe: Recipe) -> str:
+    """How a resolved recipe's arithmetic is done, in a line for the log."""
+    how, precision = recipe.compute, recipe.local.precision
+    device = how.device or "cpu"
+    fast = fast_bfloat16(device)
+    if precision == "fp32":
+        about = "fp32" if device == "cuda" else f"fp32 (the processor has {'' if fast else 'no '}AMX)"
+        if fast:
+            about += ", local.precision auto would take bf16"
+    else:
+        about = "bf16" if fast else "bf16, though this machine is faster at fp32"
+    many = "one client after the other" if how.stack == 1 else f"{how.stack} clients at once"
+    rows = "packed examples" if how.packing else "padded batches"
+    workers = f"{how.workers} worker{'s' if how.workers != 1 else ''} of {how.threads} thread"
+    return f"{device}, {workers}{'s' if how.threads != 1 else ''}, {about}, {many}, {rows}"

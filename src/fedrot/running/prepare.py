@@ -11,7 +11,8 @@ from fedrot.core.adapter import Adapter
 from fedrot.core.errors import DataError, RecipeError, choices
 from fedrot.learning.data import Dataset
 from fedrot.learning.encoding import Encoded
-from fedrot.learning.models import ResidentModel, load_model
+from fedrot.learning.loading import load_model
+from fedrot.learning.models import ResidentModel
 from fedrot.learning.partition import Partition, divide
 from fedrot.learning.sources.read import read_dataset
 from fedrot.learning.tasks import classification
@@ -57,6 +58,8 @@ def prepare(recipe: Recipe) -> Prepared:
     recipe = for_machine(recipe)
     dataset, partition = divided(recipe)
     model = load_model(recipe.model, recipe.lora, dataset.labels, recipe.seed)
+    if recipe.compute.device == "cuda":
+        model.to(torch.device("cuda", 0))
     longest = model.longest()
     if longest is not None and recipe.data.max_length > longest:
         raise DataError(f"data.max_length is {recipe.data.max_length}, {recipe.model.path} has {longest} positions")

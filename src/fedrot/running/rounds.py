@@ -27,6 +27,9 @@ from fedrot.running.settings import drawn_count
 class Watcher(Protocol):
     """Is told how a run goes; shows progress or does nothing."""
 
+    def prepared(self, how: str) -> None:
+        """Everything is loaded; `how` says in a line how the arithmetic will be done."""
+
     def round_started(self, round: int, rounds: int, clients: Sequence[str]) -> None:
         """A round begins with these clients."""
 

@@ -9,6 +9,7 @@ from fedrot.core.errors import RunError
 from fedrot.core.methods.base import ServerState
 from fedrot.core.products import joined
 from fedrot.running.checkpoint import Checkpoint, load_latest, save_checkpoint, saved_rounds
+from fedrot.running.choices import described
 from fedrot.running.folder import RunFolder
 from fedrot.running.prepare import Prepared, first_adapter, prepare, versions
 from fedrot.running.recipe import Recipe
@@ -43,6 +44,7 @@ def run(recipe: Recipe, out: Path, watcher: Watcher, resume: bool = False) -> Ru
         engine.restore(checkpoint.clients)
         folder.forget_metrics_from(checkpoint.rounds)
         keeper = _Keeper(folder, recipe.checkpoint.keep, trackers)
+        watcher.prepared(described(recipe))
         try:
             last = play(recipe, engine, checkpoint.server, keeper, watcher)
         finally:

@@ -1,0 +1,139 @@
+"""Loading a base model from a folder or a hub, and putting fresh adapters into it."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from fedrot.core.errors import DataError, choices
+from fedrot.core.seeding import seed_of
+from fedrot.learning.fetch import fetched
+from fedrot.learning.models import PEFT_NAME, ResidentModel
+from fedrot.learning.settings import LoraSettings, ModelSettings
+
+
+def model_path(settings: ModelSettings) -> str:
+    """The folder or hub name that transformers is given."""
+    if not settings.path:
+        raise DataError("model.path: give a local folder, a hub name, or fetch:NAME (see `fedrot data`)")
+    if settings.path.startswith("fetch:"):
+        return str(fetched(settings.path.removeprefix("fetch:")))
+    if Path(settings.path).is_file():
+        raise DataError(f"{settings.path}: this is a file; give the model's folder (model.path)")
+    if settings.path.startswith((".", "/", "~")) and not Path(settings.path).expanduser().is_dir():
+        raise DataError(f"{settings.path}: no such model folder (model.path)")
+    return str(Path(settings.path).expanduser()) if settings.path.startswith("~") else settings.path
+
+
+def load_model(settings: ModelSettings, lora: LoraSettings, labels: Sequence[str], seed: int) -> ResidentModel:
+    """Load base model and tokenizer and inject fresh adapters; factors and head start from `seed` alone.
+
+    Raises `DataError` naming the recipe key: a model that cannot be loaded, targets that it does not have.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    path = model_path(settings)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # The libraries warn about each other's deprecations, which a user of fedrot can do nothing about.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT then sets what is right
+        torch.manual_seed(seed_of(seed, "start"))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=settings.revision)
+            base, loaded = AutoModelForSequenceClassification.from_pretrained(
+                path,
+                revision=settings.revision,
+                num_labels=len(labels),
+                id2label=dict(enumerate(labels)),
+                label2id={name: i for i, name in enumerate(labels)},
+                dtype=getattr(torch, settings.dtype),
+                output_loading_info=True,
+                use_safetensors=True,  # nothing is unpickled
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
+            raise DataError(f"{path}: the model cannot be loaded ({_first_line(problem)}); see model.path") from None
+        _check_loaded(path, base, loaded["missing_keys"], tokenizer)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        base.config.pad_token_id = tokenizer.pad_token_id
+        _check_targets(lora.targets, base, settings.path)
+        config = LoraConfig(
+            task_type=TaskType.SEQ_CLS,
+            r=lora.rank,
+            lora_alpha=lora.alpha if lora.alpha is not None else 2 * lora.rank,  # type: ignore[arg-type]
+            lora_dropout=lora.dropout,
+            target_modules=lora.targets,
+            use_rslora=lora.rslora,
+            modules_to_save=_fresh_modules(loaded["missing_keys"]),
+        )
+        try:
+            model = get_peft_model(base, config)
+        except ValueError as problem:
+            raise DataError(
+                f"lora.targets: {lora.targets or 'the default'} fits no layer of {settings.path} "
+                f"({_first_line(problem)}); its linear layers are {choices(_linear_names(base))}"
+            ) from None
+        resident = ResidentModel(model.float() if settings.dtype == "float32" else _float_adapter(model), tokenizer)
+    model.peft_config[PEFT_NAME].base_model_name_or_path = path
+    return resident
+
+
+def _check_loaded(path: str, base: Any, missing: Iterable[str], tokenizer: Any) -> None:
+    """Refuse what the library only warns of: parts of the base model that were not in the files and are random now.
+
+    Fresh modules on top of it, head and pooler, are what fine-tuning starts from; see `_fresh_modules`.
+    """
+    absent = sorted(n for n in missing if n.startswith(f"{base.base_model_prefix}.") and ".pooler." not in n)
+    if absent:
+        others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise DataError(f"{path}: {absent[0]}{others} cannot be found in the model's files; see model.path")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise DataError(f"{path}: the tokenizer has no vocabulary, its files are missing; see model.path")
+
+
+def _fresh_modules(missing: Iterable[str]) -> list[str] | None:
+    """Modules that the files lack and that PEFT does not count as head by itself, such as a pooler: they are drawn from
+    the seed, so they must be trained and saved with the adapter, or it would mean something else elsewhere.
+    """
+    modules = {name.rpartition(".")[0] for name in missing}
+    return sorted(m for m in modules if not {"classifier", "score"} & set(m.split("."))) or None
+
+
+def _check_targets(targets: Sequence[str] | None, base: nn.Module, path: str) -> None:
+    """Refuse a target that names no linear layer: PEFT passes over it when another one fits."""
+    names = [name for name, module in base.named_modules() if _is_linear(module)]
+    strange = [t for t in targets or () if not any(name == t or name.endswith(f".{t}") for name in names)]
+    if strange:
+        raise DataError(
+            f"lora.targets: {choices(strange)} fits no linear layer of {path}; those are {choices(_linear_names(base))}"
+        )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _linear_names(base: nn.Module) -> set[str]:
+    return {name.rpartition(".")[2] for name, module in base.named_modules() if _is_linear(module)}
+
+
+def _float_adapter(model: nn.Module) -> nn.Module:
+    """Factors and head in float32 over a half-precision base."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _first_line(problem: BaseException) -> str:
+    return str(problem).strip().splitlines()[0][:160] if str(problem).strip() else type(problem).__name__
