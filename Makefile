@@ -1,7 +1,7 @@
 # make demo   set everything up and run the demonstration on real data
 # make test   the tests            make check  lint, types, floors and the tests
 # make bench  speed and memory     make figures  the documentation's figures
-# make replay TREC=folder  aggregation on recorded uploads (half an hour)     make results  docs/results.md from its files
+# make replay TREC=folder  aggregation on recorded uploads (half an hour)     make results  docs/results.md, docs/performance.md from their files
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ PROCESSES ?= 2
 # Options for the demonstration's runs, e.g. DEMO_FLAGS="--rounds 2"
 DEMO_FLAGS ?=
 DEMO_OUT ?= runs/demo
-# A folder with SST-2's train.tsv and dev.tsv for the benchmark; the VADER corpus without it
+# A folder with SST-2's train.tsv and dev.tsv for the benchmark; VADER's movie reviews without it
 DATA ?=
 
 .PHONY: demo test check lint bench figures replay results clean
@@ -50,6 +50,7 @@ replay: $(DEV)
 
 results: $(DEV)
 	$(BIN)/python benchmarks/results.py
+	$(BIN)/python benchmarks/performance.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

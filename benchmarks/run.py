@@ -128,7 +128,14 @@ def main() -> None:
     show(results, about)
     written = {
         "results": [
-            {"name": r.name, "figure": r.figure, "goal": r.goal, "at_least": r.at_least, "holds": r.holds}
+            {
+                "name": r.name,
+                "figure": r.figure,
+                "unit": r.unit,
+                "goal": r.goal,
+                "at_least": r.at_least,
+                "holds": r.holds,
+            }
             for r in results
             if r.goal is not None
         ],

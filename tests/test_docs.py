@@ -49,6 +49,15 @@ def test_the_results_page_comes_from_the_committed_files(tmp_path: Path) -> None
     assert (tmp_path / "replay.png").stat().st_size > 10_000
 
 
+def test_the_performance_page_comes_from_the_committed_figures(tmp_path: Path) -> None:
+    import performance
+
+    found = performance.read()
+    assert (ROOT / "docs" / "performance.md").read_text() == performance.page(found)
+    performance.draw(found, tmp_path / "performance.png")
+    assert (tmp_path / "performance.png").stat().st_size > 10_000
+
+
 def test_the_committed_replay_holds_what_it_must() -> None:
     import results
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -70,7 +69,8 @@ def predict(
 
 
 Piece = tuple[Adapter, NDArray[np.int64]]  # an adapter and places among the rows that it is to score
-Spread = Callable[[Callable[[ResidentModel, Piece], tuple[Tensor, Tensor]], Sequence[Piece]], Iterable[Any]]
+Predicted = tuple[Tensor, Tensor]  # labels and losses of a piece's places
+Spread = Callable[[Callable[[ResidentModel, Piece], Predicted], Sequence[Piece]], Iterable[Predicted]]
 
 # Batches of a piece of work.
 _PIECE = 4

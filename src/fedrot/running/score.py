@@ -5,9 +5,10 @@ from pathlib import Path
 
 from fedrot.core.adapter import Adapter
 from fedrot.core.errors import RunError
-from fedrot.learning.evaluation import Evaluation, How, alone, chosen_rows, evaluate
+from fedrot.learning.evaluation import Evaluation, How, chosen_rows, evaluate
 from fedrot.running.prepare import prepare
 from fedrot.running.recipe import Recipe
+from fedrot.running.workers import Workers
 
 
 def score_adapter(path: Path, recipe: Recipe, split: str | None, limit: int | None = None) -> Evaluation:
@@ -29,7 +30,7 @@ def score_adapter(path: Path, recipe: Recipe, split: str | None, limit: int | No
     data, settings = ready.encoded[chosen], recipe.evaluation
     rows = chosen_rows(len(data), limit, recipe.seed, chosen)
     return evaluate(
-        alone(ready.model),
+        Workers(ready.model, ready.recipe.compute).map,
         {"": ready.model.fit(adapter, where=str(path), any_rank=True)},
         data,
         chosen,

@@ -26,7 +26,7 @@ class Simulation:
     def __init__(self, ready: Prepared) -> None:
         recipe, partition = ready.recipe, ready.partition
         self._recipe, self._encoded, self._partition = recipe, ready.encoded, partition
-        self._workers = Workers(ready.model, recipe.compute.workers or 1, recipe.compute.device or "cpu")
+        self._workers = Workers(ready.model, recipe.compute)
         self._states: dict[str, ClientState] = {}
         self._pending: dict[str, ClientState] = {}  # of the round that runs, until its uploads are accepted
         self._asked: dict[str, Round] = {}  # likewise, where a second phase will ask for what was trained

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from fedrot.learning.models import ResidentModel
+from fedrot.learning.settings import ComputeSettings
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -20,10 +21,11 @@ Result = TypeVar("Result")
 class Workers:
     """A model and its replicas."""
 
-    def __init__(self, model: ResidentModel, count: int, device: str) -> None:
-        kinds = [torch.device(device, number) if device == "cuda" else torch.device(device) for number in range(count)]
-        self._models = [model, *(model.replica(kind) for kind in kinds[1:])]
-        self.count = count
+    def __init__(self, model: ResidentModel, compute: ComputeSettings) -> None:
+        self.count = compute.workers or 1
+        gpus = compute.device == "cuda"
+        devices = [torch.device("cuda", number) if gpus else torch.device("cpu") for number in range(self.count)]
+        self._models = [model, *(model.replica(device) for device in devices[1:])]
 
     def map(self, work: Callable[[ResidentModel, Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """`work(model, item)` for every item, in the items' order.
