@@ -194,7 +194,7 @@ def cost(runs: Sequence[RunData]) -> Figure:
         values = [sum(record["seconds"].get(phase, 0.0) for record in run.metrics) for run in runs]
         left.bar(names, values, bottom=bottom, color=COLOURS[number], label=phase, width=0.5)
         bottom = [a + b for a, b in zip(bottom, values, strict=True)]
-    left.set_title("Seconds by phase", fontsize=11)
+    left.set_title("Seconds by phase, workers added up", fontsize=11)
     _legend_below(left, 3)
     for offset, way, colour in ((-0.2, "down", COLOURS[0]), (0.2, "up", COLOURS[1])):
         values = [sum(record["bytes"][way] for record in run.metrics) / 1e6 for run in runs]
