@@ -1,5 +1,6 @@
 """A simulated round against the published way, its parts one by one, and the price of alignment."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
@@ -16,7 +17,7 @@ from published_loop import PublishedLoop
 from recipes import BUILD
 from table import Quiet, Result, in_turns, ratio
 
-PHASES = ("train", "align", "check", "aggregate", "diagnose", "checkpoint")
+PHASES = ("align", "check", "aggregate", "diagnose", "checkpoint")
 
 
 def way(ready: Prepared, method: str | None = None, precision: str = "fp32", **compute: Any) -> Prepared:
@@ -38,7 +39,9 @@ def one_round(ready: Prepared, state: ServerState, records: list[dict[str, Any]]
 
     def run() -> None:
         new, record = play_round(ready.recipe, engine, state, Quiet())
+        began = time.perf_counter()
         save_checkpoint(BUILD / "bench-checkpoints", Checkpoint(new), keep=1)
+        record["seconds"]["checkpoint"] = time.perf_counter() - began
         records.append(record)
 
     return run
@@ -83,9 +86,8 @@ def against_published(ready: Prepared, repeats: int) -> list[Result]:
     ]
     for name in steps:
         results.append(Result(f"1. of it with {name}", ratio(whole["published"], whole[name]), "x"))
-    seconds = {phase: median(r["seconds"].get(phase, 0.0) for r in records[last]) for phase in PHASES[:-1]}
-    seconds["rest"] = median(times[last]) - sum(seconds.values())  # checkpoint, records, drawing
-    beyond = sum(v for k, v in seconds.items() if k != "train") / len(ready.partition.clients)
+    seconds = {phase: median(r["seconds"].get(phase, 0.0) for r in records[last]) for phase in PHASES}
+    beyond = sum(seconds.values()) / len(ready.partition.clients)
     results.append(Result("1. beyond training and evaluation, a client and round", 1000 * beyond, "ms", 20.0))
     share = 100 * seconds["diagnose"] / median(times[last])
     results.append(Result("1. diagnostics, of a round without evaluation", share, "%", 2.0))

@@ -112,9 +112,12 @@ def find_rotations(
     found: dict[str, Tensor] = {}
     for names in by_rank.values():
         # Factors are read where they lie: putting them side by side would cost more than all the rest.
-        sides = (_sides(adapter.layers[name], reference.layers[name], factor) for name in names)
-        inner, noise = (torch.stack(t) for t in zip(*(_inner(*both) for both in sides), strict=True))
-        found.update(zip(names, _turned(inner, noise, strength, softening), strict=True))
+        sides = [_sides(adapter.layers[name], reference.layers[name], factor) for name in names]
+        m, left2, right2 = (torch.stack(t) for t in zip(*(_inner(*both) for both in sides), strict=True))
+        # The level of rounding noise in m, as in `_noise`.
+        eps = [max(torch.finfo(t.dtype).eps for t in both) / math.sqrt(both[0].numel()) for both in sides]
+        noise = (left2 * right2).sqrt() * torch.tensor(eps, dtype=m.dtype, device=m.device)
+        found.update(zip(names, _turned(m, noise, strength, softening), strict=True))
     return found
 
 
@@ -134,15 +137,17 @@ def _sides(pair: LoraPair, reference: LoraPair, factor: Factor) -> tuple[Tensor,
 _COLUMNS = 4096
 
 
-def _inner(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:  # (r, d), (r, d) -> (r, r), ()
-    """Left right^T in float64, and the level of rounding noise in it."""
-    eps = max(torch.finfo(t.dtype).eps for t in (left, right))
-    m = left2 = right2 = torch.zeros((), dtype=torch.float64, device=left.device)
+def _inner(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (r, d), (r, d) -> (r, r), (), ()
+    """Left right^T and both squared norms, in float64."""
+    pieces = []
     for start in range(0, left.shape[1], _COLUMNS):
         one, other = (t[:, start : start + _COLUMNS].double() for t in (left, right))
-        m = m + one @ other.mT
-        left2, right2 = left2 + torch.linalg.vector_norm(one) ** 2, right2 + torch.linalg.vector_norm(other) ** 2
-    return m, eps * (left2 * right2).sqrt() / math.sqrt(left.numel())
+        pieces.append((one @ other.mT, torch.linalg.vector_norm(one), torch.linalg.vector_norm(other)))
+    if len(pieces) == 1:
+        m, mine, theirs = pieces[0]
+        return m, mine.square_(), theirs.square_()
+    m, mine, theirs = (torch.stack(t) for t in zip(*pieces, strict=True))
+    return m.sum(0), mine.square().sum(), theirs.square().sum()
 
 
 def _weighed_rotations(
