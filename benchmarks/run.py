@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 import alignment
 from aggregation import flexlora_against_dense
+from fedrot.learning.capacity import even_width
 from fedrot.running.prepare import Prepared, prepare
 from fedrot.running.simulation import Simulation
 from recipes import BUILD, make_recipe
@@ -30,11 +32,12 @@ from throughput import throughput
 def side_by_side(ready: Prepared, repeats: int) -> list[Result]:
     """Wall time of training on two cores: one worker of two threads against two workers of one."""
     state = second_state(ready)
-    half = max(1, (ready.recipe.compute.stack or 1) // 2)
+    clients = len(ready.partition.clients)
+    width = even_width(clients, ready.recipe.compute.stack or 1, workers=2)
     ways = {
         "one": (way(ready, workers=1), 1),
         "threads": (way(ready, workers=1), 2),
-        "workers": (way(ready, workers=2, stack=half), 1),
+        "workers": (way(ready, workers=2, stack=width), 1),
     }
     engines = {name: (Simulation(made), threads) for name, (made, threads) in ways.items()}
     times: dict[str, list[float]] = {name: [] for name in engines}
@@ -98,6 +101,7 @@ def main() -> None:
     parser.add_argument("--scale", default="3,10,50,250,1000", help="numbers of clients")
     parser.add_argument("--total", type=int, default=1000, help="local steps of a round of all these clients together")
     parser.add_argument("--width", type=int, default=4096, help="d of FlexLoRA's line")
+    parser.add_argument("--parts", help="measure these alone, in a file that holds the others already")
     call = parser.parse_args()
     torch.set_num_threads(1)
     BUILD.mkdir(exist_ok=True)
@@ -114,9 +118,9 @@ def main() -> None:
         "import": lambda: [import_time(call.repeats)],
     }
     results: list[Result] = []
-    for name, part in parts.items():
+    for name in call.parts.split(",") if call.parts else parts:
         print(f"measuring {name}", file=sys.stderr, flush=True)
-        results += part()
+        results += parts[name]()
     about: dict[str, Any] = {
         **machine(),
         "data": "SST-2" if call.data else "VADER movie reviews",
@@ -126,23 +130,21 @@ def main() -> None:
         "stack": ready.recipe.compute.stack,
     }
     show(results, about)
-    written = {
-        "results": [
-            {
-                "name": r.name,
-                "figure": r.figure,
-                "unit": r.unit,
-                "goal": r.goal,
-                "at_least": r.at_least,
-                "holds": r.holds,
-            }
-            for r in results
-            if r.goal is not None
-        ],
+    written = BUILD / "bench.json"
+    before = json.loads(written.read_text()) if call.parts else {"results": [], "figures": []}
+    fresh = {
+        "results": [asdict(r) | {"holds": r.holds} for r in results if r.goal is not None],
         "figures": [{"name": r.name, "figure": r.figure, "unit": r.unit} for r in results if r.goal is None],
-        "machine": about,
     }
-    (BUILD / "bench.json").write_text(json.dumps(written, indent=1) + "\n")
+    found = {kind: merged(before[kind], lines) for kind, lines in fresh.items()}
+    written.write_text(json.dumps({**found, "machine": about}, indent=1) + "\n")
+
+
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The old lines with those of the same name replaced, and the others behind them."""
+    fresh = {line["name"]: line for line in new}
+    kept = [fresh.pop(line["name"], line) for line in old]
+    return [*kept, *fresh.values()]
 
 
 if __name__ == "__main__":

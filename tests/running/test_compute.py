@@ -119,6 +119,14 @@ def test_a_stack_is_as_wide_as_full_matrix_products_need_and_memory_allows(tiny_
     assert base <= each <= 1.5 * base
 
 
+@pytest.mark.parametrize(
+    ("clients", "widest", "workers", "width"),
+    [(10, 4, 1, 4), (10, 4, 2, 3), (10, 100, 1, 10), (10, 100, 2, 5), (3, 1, 2, 1), (1, 8, 4, 1), (1000, 4, 2, 4)],
+)
+def test_stacks_keep_every_worker_busy(clients: int, widest: int, workers: int, width: int) -> None:
+    assert capacity.even_width(clients, widest, workers) == width
+
+
 def test_padded_stacks_count_the_longest_example(tiny_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "_ROWS", {"cpu": 300, "cuda": 300})
     widths = [prepare(parse_recipe(tiny_values, [f"--compute.packing={p}"])) for p in ("true", "false")]

@@ -63,6 +63,13 @@ def stack_width(
     return max(1, int(min(_ROWS[device], fits) / max(1.0, rows)))
 
 
+def even_width(clients: int, widest: int, workers: int) -> int:
+    """The width, at most `widest`, at which the clients' stacks keep all workers busy to the end of a round."""
+    stacks = -(-clients // max(1, widest))
+    stacks += -stacks % workers
+    return -(-clients // min(stacks, clients))
+
+
 def activation_bytes(model: nn.Module) -> int:
     """About what the backward pass needs of one row: the inputs and outputs of all linear layers, half as much again
     for what lies between them, in float32.

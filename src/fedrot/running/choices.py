@@ -6,7 +6,7 @@ import numpy as np
 
 from fedrot.core.errors import RecipeError
 from fedrot.learning.architectures import PACKABLE
-from fedrot.learning.capacity import available_threads, devices, fast_bfloat16, memory, stack_width
+from fedrot.learning.capacity import available_threads, devices, even_width, fast_bfloat16, memory, stack_width
 from fedrot.learning.encoding import Encoded
 from fedrot.learning.models import ResidentModel
 from fedrot.learning.partition import Partition
@@ -52,7 +52,7 @@ def for_model(recipe: Recipe, model: ResidentModel, data: Encoded, partition: Pa
         tokens = float(data.lengths.mean() if packing else data.lengths.max())
         rows = min(recipe.local.batch, float(np.median(sizes))) * tokens
         wanted = stack_width(model.model, rows, device, memory(device) // (workers if device == "cpu" else 1))
-        width = max(1, min(wanted, -(-clients // workers), 1024))
+        width = even_width(clients, min(wanted, 1024), workers)
     threads = asked.threads or max(1, available_threads() // workers)
     return replace(recipe, compute=replace(asked, packing=packing, workers=workers, stack=width, threads=threads))
 

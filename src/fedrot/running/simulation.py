@@ -46,8 +46,9 @@ class Simulation:
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Upload | Failure]:
         """One round of local training, as many clients at once as a stack has."""
         self._pending, self._asked = {}, {}
-        width = self._recipe.compute.stack or 1
-        stacks = (clients[first : first + width] for first in range(0, len(clients), width))
+        # Stacks of like width, so that workers end together.
+        count = -(-len(clients) // (self._recipe.compute.stack or 1))
+        stacks = [[clients[i] for i in places] for places in np.array_split(np.arange(len(clients)), count)]
 
         def work(model: ResidentModel, names: Sequence[str]) -> list[tuple[str, Round | LocalFailure]]:
             together = [(self._data[name], self._states.get(name, {})) for name in names]
