@@ -29,6 +29,7 @@ KINDS = {
     "gelu": "GELU, layer norm, sums",
     "layer_norm": "GELU, layer norm, sums",
     "add": "GELU, layer norm, sums",
+    "copy_": "copies: the bias before each product, changed layouts",
     "tanh": "GELU, layer norm, sums",
     "mul": "LoRA's scaling and dropout",
     "AdamW": "optimizer",
