@@ -1,5 +1,6 @@
 """Scores of an adapter: those of a plain loop, whole and by client, whatever the order and the batch."""
 
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from learning_helpers import encoded_splits, quick, resident, seeds, shaken
 
 from fedrot.core.adapter import Adapter
 from fedrot.learning.encoding import Encoded
-from fedrot.learning.evaluation import Evaluation, How, alone, chosen_rows, evaluate, predict
+from fedrot.learning.evaluation import Evaluation, How, Piece, Predicted, Spread, chosen_rows, evaluate, predict
 from fedrot.learning.models import ResidentModel
 from fedrot.learning.tasks.classification import score
 
@@ -70,6 +71,15 @@ def scores_of(found: list[tuple[int, int, float]]) -> dict[str, float]:
 def near(wanted: dict[str, float]) -> object:
     """These scores, up to float32's rounding."""
     return pytest.approx(wanted, rel=1e-4)
+
+
+def alone(model: ResidentModel) -> Spread:
+    """All pieces on one model."""
+
+    def spread(work: Callable[[ResidentModel, Piece], Predicted], pieces: Sequence[Piece]) -> Iterable[Predicted]:
+        return (work(model, piece) for piece in pieces)
+
+    return spread
 
 
 def everything(data: Encoded) -> np.ndarray:

@@ -76,11 +76,6 @@ Spread = Callable[[Callable[[ResidentModel, Piece], Predicted], Sequence[Piece]]
 _PIECE = 4
 
 
-def alone(model: ResidentModel) -> Spread:
-    """All pieces on one model."""
-    return lambda work, pieces: (work(model, piece) for piece in pieces)
-
-
 def evaluate(
     spread: Spread,
     adapters: Mapping[str, Adapter],
