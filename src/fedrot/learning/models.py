@@ -187,8 +187,10 @@ class ResidentModel:
     def logits(self, inputs: Mapping[str, Tensor], precision: str) -> Tensor:
         """(n, labels) for the inputs of a padded batch."""
         moved = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        masked = any(dropout.key is not None for dropout in self._dropouts)
+        layout = padded_layout(inputs["attention_mask"]) if masked else None
         for dropout in self._dropouts:
-            dropout.layout = padded_layout(inputs["attention_mask"])
+            dropout.layout = layout
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
             out: Tensor = self.model(**moved).logits
         return out
