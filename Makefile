@@ -13,7 +13,7 @@ PROCESSES ?= 2
 # Options for the demonstration's runs, e.g. DEMO_FLAGS="--rounds 2"
 DEMO_FLAGS ?=
 DEMO_OUT ?= runs/demo
-# A folder with SST-2's train.tsv and dev.tsv for the benchmark; VADER's movie reviews without it
+# A folder with sst2/ and gsm8k/ for the benchmark; VADER's movie reviews and HumanEval's problems without it
 DATA ?=
 
 .PHONY: demo test check lint bench figures replay results clean
@@ -38,7 +38,7 @@ lint: $(DEV)
 check: lint test
 
 bench: $(DEV)
-	$(BIN)/fedrot data fetch minilm vader
+	$(BIN)/fedrot data fetch minilm vader smollm2 humaneval
 	$(BIN)/python benchmarks/run.py $(if $(DATA),--data $(DATA))
 
 figures: $(DEV)

@@ -27,15 +27,17 @@ class PublishedLoop:
 
     def __init__(self, ready: Prepared, broadcast: Broadcast, length: int = 128) -> None:
         from peft import LoraConfig, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-        from transformers import AutoModelForSequenceClassification
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
         warnings.simplefilter("ignore", FutureWarning)
         recipe, self.length = ready.recipe, length
-        base = AutoModelForSequenceClassification.from_pretrained(
-            model_path(recipe.model), num_labels=len(ready.dataset.labels)
-        )
-        rank = recipe.lora.rank
-        config = LoraConfig(task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=2 * rank, lora_dropout=recipe.lora.dropout)
+        self.labels, path = len(ready.dataset.labels), model_path(recipe.model)
+        if self.labels:
+            base = AutoModelForSequenceClassification.from_pretrained(path, num_labels=self.labels)
+        else:
+            base = AutoModelForCausalLM.from_pretrained(path)
+        rank, kind = recipe.lora.rank, TaskType.SEQ_CLS if self.labels else TaskType.CAUSAL_LM
+        config = LoraConfig(task_type=kind, r=rank, lora_alpha=2 * rank, lora_dropout=recipe.lora.dropout)
         self.model: Any = get_peft_model(base, config)
         self.model.eval()
         for name, module in self.model.named_modules():
@@ -59,6 +61,13 @@ class PublishedLoop:
 
     def _padded(self, data: Encoded, rows: NDArray[np.int64]) -> tuple[dict[str, Tensor], Tensor]:
         inputs, labels = data.batch(rows)
+        if data.learnt is not None:
+            labels = torch.full((len(rows), self.length), -100)
+            for place, row in enumerate(rows):
+                span = slice(data.offsets[row], data.offsets[row + 1])
+                tokens = torch.from_numpy(data.tokens[span].astype(np.int64))
+                learnt = torch.from_numpy(data.learnt[span].copy())
+                labels[place, : len(tokens)] = torch.where(learnt, tokens, -100)
         missing = self.length - inputs["input_ids"].shape[1]
         fill = {"input_ids": data.pad}
         wide = {n: torch.nn.functional.pad(t, (0, missing), value=fill.get(n, 0)) for n, t in inputs.items()}
@@ -73,13 +82,16 @@ class PublishedLoop:
         return [self._padded(data, indices[next(order)]) for _ in range(recipe.local.steps or 1)]
 
     def evaluate(self) -> float:
-        """The accuracy of the global model."""
+        """The accuracy of the global model, or a language model's loss."""
         self.write(self.model, self.start)
-        right = 0
+        found = 0.0
         with torch.no_grad():
             for inputs, labels in self.scored:
-                right += int((self.model(**inputs).logits.argmax(-1) == labels).sum())
-        return right / sum(len(labels) for _, labels in self.scored)
+                if self.labels:
+                    found += float((self.model(**inputs).logits.argmax(-1) == labels).sum())
+                else:
+                    found += len(labels) * float(self.model(**inputs, labels=labels).loss)
+        return found / sum(len(labels) for _, labels in self.scored)
 
     def round(self) -> list[dict[str, Tensor]]:
         """Every client's trained state."""
@@ -89,8 +101,7 @@ class PublishedLoop:
             parameters = [p for p in self.model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(parameters, lr=self.recipe.local.lr, weight_decay=0.0)
             for inputs, labels in batches:
-                loss = torch.nn.functional.cross_entropy(self.model(**inputs).logits, labels)
-                loss.backward()
+                self.model(**inputs, labels=labels).loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()

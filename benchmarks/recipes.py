@@ -1,10 +1,13 @@
 """What is measured: MiniLM on SST-2, or on the movie reviews of the VADER corpus where SST-2's folder is not given."""
 
 import csv
+import gzip
+import json
 import os
 from pathlib import Path
 from typing import Any
 
+from fedrot.learning.fetch import fetched
 from fedrot.learning.settings import DataSettings
 from fedrot.learning.sources.read import read_dataset
 from fedrot.running.recipe import Recipe
@@ -33,9 +36,37 @@ def make_recipe(
             "partition": {"kind": "iid", "clients": clients},
             "local": {"steps": steps, "batch": batch, "lr": lr},
             "diagnostics": {"every": 1},
-            "evaluation": {"every": 1000, "limit": limit},
+            "evaluation": {"split": "test" if data else "validation", "every": 1000, "limit": limit},
         }
     )
+
+
+def language_recipe(data: str | None, clients: int = 3, steps: int = 3) -> Recipe:
+    """SmolLM2 on GSM8K in the folder `data`, a problem a step; HumanEval's problems with their solutions without it."""
+    source: dict[str, Any] = {"source": "gsm8k", "path": data} if data else problems()
+    return parse_recipe(
+        {
+            "compute": {"threads": 1, "workers": 1},
+            "model": {"path": "fetch:smollm2"},
+            "lora": {"rank": 8, "alpha": 16},
+            "data": {**source, "max_length": 650},
+            "partition": {"kind": "iid", "clients": clients},
+            "local": {"steps": steps, "batch": 1, "lr": 1e-3},
+            "evaluation": {"every": 1000, "limit": 8, "batch": 8},
+        }
+    )
+
+
+def problems() -> dict[str, Any]:
+    """Settings of a file source that holds HumanEval's prompts and solutions, written below build/."""
+    path = BUILD / "problems" / "train.jsonl"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(fetched("humaneval") / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file]
+        rows = [{"text": one["prompt"], "response": one["canonical_solution"]} for one in lines]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {"source": "files", "path": str(path.parent), "train": path.name, "response": "response"}
 
 
 def movies() -> dict[str, Any]:

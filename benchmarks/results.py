@@ -170,7 +170,7 @@ def vader_table() -> str:
     """The comparison's table from the numbers of its runs, as `fedrot compare` makes it."""
     outcomes = []
     for row in read(VADER / "runs.csv"):
-        words = {key: row.pop(key) for key in ("method", "setting", "split")}
+        words = {key: row.pop(key) for key in ("method", "setting", "split", "metric")}
         numbers = {key: float(value) if value else None for key, value in row.items()}
         whole = {key: None if (n := numbers.pop(key)) is None else int(n) for key in ("seed", "rounds_to_target")}
         outcomes.append(Outcome(**words, **whole, **numbers))  # type: ignore[arg-type]

@@ -96,6 +96,31 @@ def against_published(ready: Prepared, repeats: int) -> list[Result]:
     return results
 
 
+def language_model(ready: Prepared, repeats: int) -> list[Result]:
+    """A language model's round, a problem a step: the published way pads every problem to the longest allowed."""
+    state = second_state(ready)
+    loop = PublishedLoop(ready, state.broadcast, length=ready.recipe.data.max_length)
+    ours, records = way(ready), list[dict[str, Any]]()
+    ways: dict[str, Callable[[], object]] = {
+        "published": loop.round,
+        "published evaluation": loop.evaluate,
+        "ours": one_round(ours, state, records),
+        "our evaluation": one_evaluation(ours, state),
+    }
+    times = in_turns(ways, repeats)
+    both = [
+        [a + b for a, b in zip(times[one], times[other], strict=True)]
+        for one, other in (("published", "published evaluation"), ("ours", "our evaluation"))
+    ]
+    data = ready.encoded["train"]
+    what = "GSM8K" if ready.recipe.data.source == "gsm8k" else "HumanEval's problems"
+    return [
+        Result(f"1. published way / ours, SmolLM2 on {what}, batch 1, with evaluation", ratio(*both), "x", 5, True),
+        Result("1. the same, SmolLM2, without evaluation", ratio(times["published"], times["ours"]), "x", 5, True),
+        Result("1. tokens of a problem, mean", float(data.lengths.mean()), "tokens"),
+    ]
+
+
 def price_of_alignment(ready: Prepared, repeats: int) -> list[Result]:
     """FedIT's and FedRot's rounds in turns."""
     state = second_state(way(ready, "fedrot"))

@@ -22,8 +22,8 @@ from aggregation import flexlora_against_dense
 from fedrot.learning.capacity import even_width
 from fedrot.running.prepare import Prepared, prepare
 from fedrot.running.simulation import Simulation
-from recipes import BUILD, make_recipe
-from rounds import against_published, price_of_alignment, second_state, way
+from recipes import BUILD, language_recipe, make_recipe
+from rounds import against_published, language_model, price_of_alignment, second_state, way
 from scale import scale
 from table import Result, machine, show
 from throughput import throughput
@@ -90,10 +90,19 @@ def import_time(repeats: int) -> Result:
     return Result("import fedrot", median(times["import fedrot"]) - median(times["pass"]), "s", 1.0)
 
 
+def within(folder: str | None, name: str) -> str | None:
+    """A folder in the folder, if it is there."""
+    there = Path(folder or "") / name
+    return str(there) if folder and there.is_dir() else None
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description="Speed and memory as ratios measured in one run.")
-    parser.add_argument("--data", help="a folder with SST-2's train.tsv and dev.tsv (default: VADER's movie reviews)")
+    parser.add_argument(
+        "--data",
+        help="a folder with SST-2's files, or with sst2/ and gsm8k/ (default: VADER's movie reviews, HumanEval's problems)",
+    )
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--steps", type=int, default=10, help="local steps of a client")
     parser.add_argument("--limit", type=int, default=872, help="rows that are scored in a round")
@@ -105,13 +114,15 @@ def main() -> None:
     call = parser.parse_args()
     torch.set_num_threads(1)
     BUILD.mkdir(exist_ok=True)
-    recipe = make_recipe(call.data, call.clients, call.steps, limit=call.limit)
+    sst2, gsm8k = within(call.data, "sst2") or call.data, within(call.data, "gsm8k")
+    recipe = make_recipe(sst2, call.clients, call.steps, limit=call.limit)
     ready = prepare(recipe)
     parts: dict[str, Callable[[], list[Result]]] = {
         "a round": lambda: against_published(ready, call.repeats),
+        "a language model": lambda: language_model(prepare(language_recipe(gsm8k)), call.repeats),
         "throughput": lambda: throughput(ready, call.repeats),
         "threads and workers": lambda: side_by_side(ready, call.repeats),
-        "numbers of clients": lambda: scale(call.data, [int(n) for n in call.scale.split(",")], call.total),
+        "numbers of clients": lambda: scale(sst2, [int(n) for n in call.scale.split(",")], call.total),
         "alignment": lambda: aligned(call.repeats),
         "the price of alignment": lambda: price_of_alignment(ready, call.repeats),
         "aggregation": lambda: flexlora(call.width),
@@ -123,7 +134,7 @@ def main() -> None:
         results += parts[name]()
     about: dict[str, Any] = {
         **machine(),
-        "data": "SST-2" if call.data else "VADER movie reviews",
+        "data": "SST-2" if sst2 else "VADER movie reviews",
         "clients": call.clients,
         "steps": call.steps,
         "tokens an example": round(float(ready.encoded["train"].lengths.mean()), 1),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fedrot.app.cli.main import COMMANDS, main
+from fedrot.learning.fetch import PACKAGES
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -228,13 +229,18 @@ def test_data_show_prints_every_client_and_draws_them(cli: Run, recipe_file: Any
     assert (tmp_path / "labels.png").read_bytes().startswith(b"\x89PNG")
     status, out, _ = cli("data", "show", recipe_file(), "--partition.kind", "iid", "--partition.clients", "4")
     assert "client-3" in out
+    uneven = {"kind": "dirichlet", "clients": 2, "by": "length"}
+    status, out, _ = cli("data", "show", recipe_file(partition=uneven), "--png", tmp_path / "lengths.png")
+    assert status == 0
+    assert out.count("length ") == 2 * 3
+    assert "positive" not in out
 
 
 def test_data_lists_what_can_be_fetched(cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDROT_CACHE", str(tmp_path))
     status, out, _ = cli("data")
     assert status == 0
-    assert out.count("not fetched") == 2
+    assert out.count("not fetched") == len(PACKAGES)
     assert str(tmp_path) in out
 
 

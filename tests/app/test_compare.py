@@ -17,7 +17,9 @@ from fedrot.core.errors import RecipeError, RunError
 
 
 def made(method: str, seed: int, accuracy: float, setting: str = "", rounds: int | None = 3) -> Outcome:
-    return Outcome(method, setting, seed, "test", accuracy, accuracy - 0.1, 0.05, rounds, 0.2, 0.1, 1.0, 2.0, 3.0)
+    return Outcome(
+        method, setting, seed, "test", "accuracy", accuracy, accuracy - 0.1, 0.05, rounds, 0.2, 0.1, 1.0, 2.0, 3.0
+    )
 
 
 def test_variants_are_methods_with_settings_and_swept_values() -> None:
@@ -72,8 +74,8 @@ def test_differences_are_paired_by_seed_and_within_a_setting() -> None:
     outcomes += [made("fedit", 0, 0.1, "lora.rank=9"), made("other", 0, 0.4, "lora.rank=9")]
     base, other, _, alone = rows(outcomes, "fedit")
     assert (base.difference, base.difference_ci) == (None, None)
-    assert base.accuracy == pytest.approx(0.6)
-    assert base.accuracy_sd == pytest.approx(0.1)
+    assert base.score == pytest.approx(0.6)
+    assert base.score_sd == pytest.approx(0.1)
     assert other.difference == pytest.approx(0.05)
     interval = stats.ttest_rel(values["other"], values["fedit"]).confidence_interval(0.95)
     assert other.difference_ci == pytest.approx((interval.high - interval.low) / 2)
@@ -99,7 +101,7 @@ def test_the_interval_of_one_value_is_not_known() -> None:
 
 def test_tables_are_csv_and_markdown_that_others_can_read() -> None:
     read = list(csv.DictReader(to_csv([made("fedit", 0, 0.5)]).splitlines()))
-    assert read[0]["accuracy"] == "0.5"
+    assert read[0]["score"] == "0.5"
     assert read[0]["rounds_to_target"] == "3"
     lines = to_markdown([["a", "b"], ["1", ""]]).splitlines()
     assert lines == ["| a | b |", "|---|---|", "| 1 | - |"]
@@ -127,10 +129,10 @@ def test_it_runs_resumes_and_shows(recipe_file: Any, tmp_path: Path, capsys: pyt
     listed = list(csv.DictReader((out / "runs.csv").read_text().splitlines()))
     by = {(row["method"], row["seed"]): row for row in listed}
     for seed in "01":
-        same = [by[name, seed]["accuracy"] for name in ("fedit", "fedrot strength=0")]
+        same = [by[name, seed]["score"] for name in ("fedit", "fedrot strength=0")]
         assert same[0] == same[1]
     result = json.loads((out / "ffa" / "seed-1" / "result.json").read_text())
-    assert float(by["ffa", "1"]["accuracy"]) == result["evaluation"]["accuracy"]
+    assert float(by["ffa", "1"]["score"]) == result["evaluation"]["accuracy"]
     page = (out / "report.html").read_text()
     assert "fedrot strength=1" in page
     assert page.count("<img ") == len(list((out / "figures").glob("*.png"))) == 6

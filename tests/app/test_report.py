@@ -45,6 +45,7 @@ def record(number: int, before: float = 0.2, after: float = 0.2, floor: float = 
             "split": "validation",
             "examples": 5,
             "model": "global",
+            "metric": "accuracy",
             "accuracy": 0.5,
             "macro_f1": 0.5,
             "loss": 0.7,

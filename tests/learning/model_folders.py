@@ -26,9 +26,11 @@ ENCODERS = ("bert", "camembert", "roberta", "xlm-roberta", "distilbert", "debert
 DECODERS = tuple(kind for kind in PACKABLE if kind not in ENCODERS)
 
 
-def write_model(folder: Path, kind: str, tiny_model: Path, pooler: bool = True, **config: Any) -> Path:
-    """A random model of this kind; decoders have no padding token."""
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
+def write_model(
+    folder: Path, kind: str, tiny_model: Path, pooler: bool = True, causal: bool = False, **config: Any
+) -> Path:
+    """A random model of this kind, with an output layer if it is to be `causal`; decoders have no padding token."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     decoder = kind in DECODERS
     marks = {"eos_token": "[SEP]", "pad_token": None} if decoder else {}
@@ -38,7 +40,7 @@ def write_model(folder: Path, kind: str, tiny_model: Path, pooler: bool = True, 
     torch.manual_seed(3)
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": 2, "eos_token_id": 3}
     made = AutoConfig.for_model(kind, vocab_size=len(tokenizer), max_position_embeddings=80, **ids, **config)
-    base = AutoModel.from_config(made)
+    base = (AutoModelForCausalLM if causal else AutoModel).from_config(made)
     if not pooler:
         base.pooler = None
     base.save_pretrained(folder)

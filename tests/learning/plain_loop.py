@@ -38,10 +38,10 @@ def plain_steps(
     steps = step_count(len(indices), settings)
     for step in range(steps):
         model.set_dropout_key((*key, "dropout", step))
-        inputs, labels = data.batch(indices[next(batches)])
+        rows = indices[next(batches)]
+        inputs, labels = data.batch(rows)
         away = sum((p - origin[name]).square().sum() for name, p in named.items())
-        logits = model.logits(inputs, settings.precision)
-        loss = torch.nn.functional.cross_entropy(logits, labels) + settings.prox / 2 * away
+        loss = plain_loss(model, data, rows, inputs, labels, settings.precision) + settings.prox / 2 * away
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, settings.clip or float("inf"))))
@@ -54,3 +54,22 @@ def plain_steps(
         p.requires_grad_(False)
         p.grad = None
     return model.read(), mean, norms
+
+
+def plain_loss(
+    model: ResidentModel,
+    data: Encoded,
+    rows: NDArray[np.int64],
+    inputs: Mapping[str, Tensor],
+    labels: Tensor,
+    precision: str,
+) -> Tensor:
+    """The mean loss of a batch as transformers computes it: over examples, or over the tokens that are learnt."""
+    logits = model.logits(inputs, precision)
+    if data.learnt is None:
+        return torch.nn.functional.cross_entropy(logits, labels)
+    targets = torch.full(inputs["input_ids"].shape, -100)
+    for place, row in enumerate(rows):
+        learnt = torch.from_numpy(data.learnt[data.offsets[row] : data.offsets[row + 1]].copy())
+        targets[place, : len(learnt)][learnt] = inputs["input_ids"][place, : len(learnt)][learnt]
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())

@@ -12,7 +12,7 @@ from learning_helpers import encoded_splits, quick, resident, seeds, shaken
 
 from fedrot.core.adapter import Adapter
 from fedrot.learning.encoding import Encoded
-from fedrot.learning.evaluation import Evaluation, How, Piece, Predicted, Spread, chosen_rows, evaluate, predict
+from fedrot.learning.evaluation import Evaluation, How, Piece, Spread, chosen_rows, evaluate, measure
 from fedrot.learning.models import ResidentModel
 from fedrot.learning.tasks.classification import score
 
@@ -76,7 +76,7 @@ def near(wanted: dict[str, float]) -> object:
 def alone(model: ResidentModel) -> Spread:
     """All pieces on one model."""
 
-    def spread(work: Callable[[ResidentModel, Piece], Predicted], pieces: Sequence[Piece]) -> Iterable[Predicted]:
+    def spread(work: Callable[[ResidentModel, Piece], torch.Tensor], pieces: Sequence[Piece]) -> Iterable[torch.Tensor]:
         return (work(model, piece) for piece in pieces)
 
     return spread
@@ -119,7 +119,7 @@ def test_neither_the_batch_nor_the_order_of_rows_changes_a_prediction(
     model: ResidentModel, adapters: dict[str, Adapter], data: Encoded, batch: int
 ) -> None:
     rows = np.random.default_rng(batch).permutation(len(data))[:40]
-    predicted, losses = predict(model, adapters["a"], data, rows, How(batch))
+    predicted, losses = measure(model, adapters["a"], data, rows, How(batch)).T
     reference = plain(model, adapters["a"], data, rows)
     assert predicted.tolist() == [guess for guess, *_ in reference]
     torch.testing.assert_close(losses.double(), torch.tensor([r[2] for r in reference]).double(), rtol=1e-4, atol=1e-6)
@@ -153,8 +153,7 @@ def test_a_limit_scores_those_rows_and_clients_without_one_have_no_score(
 
 def test_bfloat16_scores_are_close(model: ResidentModel, data: Encoded) -> None:
     adapter = shaken(model.read().map(torch.zeros_like))
-    full, half = (predict(model, adapter, data, everything(data), How(16, kind))[1] for kind in ("fp32", "bf16"))
-    assert half.dtype == torch.float32
+    full, half = (measure(model, adapter, data, everything(data), How(16, kind))[:, 1] for kind in ("fp32", "bf16"))
     assert not torch.equal(full, half)
     assert (full - half).norm() < 0.1 * full.norm()
 
@@ -184,12 +183,13 @@ def test_the_record_holds_plain_values_with_the_worst_client_and_the_spread() ->
         for name, value in zip("abc", (0.5, 0.8, 0.8), strict=True)
     }
     scores = {"accuracy": 0.75, "macro_f1": 0.7, "loss": 0.6}
-    record = Evaluation("test", 60, scores, "personal", clients).record()
+    record = Evaluation("test", 60, "accuracy", scores, "personal", clients).record()
     assert record.pop("spread") == pytest.approx(0.02**0.5)
     assert record == {
         "split": "test",
         "examples": 60,
         "model": "personal",
+        "metric": "accuracy",
         **scores,
         "worst": 0.5,
         "by_client": {"a": 0.5, "b": 0.8, "c": 0.8},
@@ -198,8 +198,9 @@ def test_the_record_holds_plain_values_with_the_worst_client_and_the_spread() ->
 
 
 def test_a_record_without_clients_has_no_worst_one() -> None:
-    record = Evaluation("test", 1, {"accuracy": 1.0}).record()
-    assert record == {"split": "test", "examples": 1, "model": "global", "accuracy": 1.0, "by_client": {}}
+    record = Evaluation("test", 1, "accuracy", {"accuracy": 1.0}).record()
+    head = {"split": "test", "examples": 1, "model": "global", "metric": "accuracy"}
+    assert record == {**head, "accuracy": 1.0, "by_client": {}}
 
 
 @quick
@@ -207,7 +208,7 @@ def test_a_record_without_clients_has_no_worst_one() -> None:
 def test_the_score_is_accuracy_macro_f1_and_mean_loss_by_definition(seed: int, n: int, labels: int) -> None:
     rng = np.random.default_rng(seed)
     guess, truth, losses = rng.integers(0, labels, n), rng.integers(0, labels, n), rng.random(n)
-    found = score(torch.from_numpy(guess), torch.from_numpy(truth), torch.from_numpy(losses))
+    found = score(torch.from_numpy(np.stack([guess, losses], axis=1)), torch.from_numpy(truth))
     rows = [(int(g), int(t), float(loss)) for g, t, loss in zip(guess, truth, losses, strict=True)]
     assert found == pytest.approx(scores_of(rows))
     assert all(type(value) is float for value in found.values())

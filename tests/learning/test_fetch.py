@@ -198,7 +198,7 @@ def test_what_has_not_been_fetched_is_refused_with_the_command(cache: Path, name
 
 @pytest.mark.parametrize("use", [fetch, fetched])
 def test_an_unknown_name_is_refused_with_the_choices(use: Callable[[str], Path]) -> None:
-    with refused("'roberta'", "minilm or vader"):
+    with refused("'roberta'", "humaneval, minilm, smollm2 or vader"):
         use("roberta")
 
 

@@ -17,6 +17,7 @@ TEXTS = {
     "train": [('a "good one', "it 's good", 1), ("bad, very", 'no "', 0), ("so so", "well", 0)],
     "validation": [("fine", "very fine", 1), ("cold", "warm", 0)],
 }
+HELD = 0.4  # share held out of the training texts: one of the three
 HUB_COLUMNS = {
     "sst2": ("sentence", None),
     "qnli": ("question", "sentence"),
@@ -112,7 +113,24 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def read(name: str, folder: Path | None) -> Dataset:
     """The task from a folder, or from the hub."""
-    return read_dataset(DataSettings(source="glue", name=name, path=folder and str(folder)), 0)  # type: ignore[arg-type]
+    settings = DataSettings(source="glue", name=name, path=folder and str(folder), holdout=HELD)  # type: ignore[arg-type]
+    return read_dataset(settings, 0)
+
+
+def published(found: Dataset) -> dict[str, Rows]:
+    """The splits as they were published: what was held out put back, and what is reported by its published name."""
+    train, held = found.splits["train"], found.splits["validation"]
+    assert len(train)
+    assert len(held)
+    order = [text for text, *_ in TEXTS["train"]]
+    both = Rows(
+        [*train.text, *held.text],
+        [*train.label, *held.label],
+        None if train.pair is None or held.pair is None else [*train.pair, *held.pair],
+    )
+    put_back = both.take(sorted(range(len(both)), key=lambda i: order.index(both.text[i])))
+    others = {split: rows for split, rows in found.splits.items() if split not in ("train", "validation")}
+    return {"train": put_back, **{split.replace("test", "validation"): rows for split, rows in others.items()}}
 
 
 def write_original(folder: Path, name: str) -> Path:
@@ -133,7 +151,7 @@ def test_every_task_that_a_recipe_can_name_is_known() -> None:
 def test_the_original_files_of_a_task_are_read(tmp_path: Path, name: str) -> None:
     found = read(name, write_original(tmp_path, name))
     assert found.labels == NAMES[name]
-    assert found.splits == {split: expected(name, split) for split in TEXTS}
+    assert published(found) == {split: expected(name, split) for split in TEXTS}
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
@@ -141,7 +159,7 @@ def test_parquet_files_with_the_hubs_columns_are_read(tmp_path: Path, name: str)
     write_parquet(tmp_path / "train.parquet", hub_columns(name, "train"))
     there = "validation_matched" if name == "mnli" else "validation"
     write_parquet(tmp_path / f"{there}.parquet", hub_columns(name, "validation"))
-    assert read(name, tmp_path).splits == {split: expected(name, split) for split in TEXTS}
+    assert published(read(name, tmp_path)) == {split: expected(name, split) for split in TEXTS}
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
@@ -151,12 +169,13 @@ def test_the_hubs_repository_is_read_through_datasets(
     monkeypatch.setattr(glue, "HUB", str(hub_copy(tmp_path / "glue", name)))
     found = read(name, None)
     assert found.labels == NAMES[name]
-    assert found.splits == {split: expected(name, split) for split in TEXTS}
+    assert published(found) == {split: expected(name, split) for split in TEXTS}
 
 
 def test_a_tasks_folder_of_the_hubs_repository_is_read_as_a_local_folder(tmp_path: Path) -> None:
     """Who copies the repository has files named train-00000-of-00001.parquet."""
-    assert read("rte", hub_copy(tmp_path, "rte") / "rte").splits == {split: expected("rte", split) for split in TEXTS}
+    found = read("rte", hub_copy(tmp_path, "rte") / "rte")
+    assert published(found) == {split: expected("rte", split) for split in TEXTS}
 
 
 def test_mnli_leaves_out_rows_without_agreement_and_keeps_mismatched_beside_matched(tmp_path: Path) -> None:
@@ -165,7 +184,7 @@ def test_mnli_leaves_out_rows_without_agreement_and_keeps_mismatched_beside_matc
     undecided = [*rows[0][:-1], "-"]
     write_tsv(tmp_path / "dev_matched.tsv", header, [undecided, *rows, undecided])
     write_tsv(tmp_path / "dev_mismatched.tsv", header, [rows[1], undecided])
-    splits = read("mnli", tmp_path).splits
+    splits = published(read("mnli", tmp_path))
     assert splits["validation"] == expected("mnli", "validation")
     assert splits["validation_mismatched"] == expected("mnli", "validation").take([1])
 
@@ -175,7 +194,7 @@ def test_the_broken_lines_of_the_published_qqp_file_do_not_stop_the_task(tmp_pat
     write_original(tmp_path, "qqp")
     with (tmp_path / "train.tsv").open("a") as file:
         file.write('9\t18\t19\t"Was he real?\n"\tWas he a real figure? What is the evidence?\t0\n')
-    assert read("qqp", tmp_path).splits["train"] == expected("qqp", "train")
+    assert published(read("qqp", tmp_path))["train"] == expected("qqp", "train")
 
 
 def test_no_such_folder_is_refused(tmp_path: Path) -> None:

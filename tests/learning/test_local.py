@@ -12,7 +12,7 @@ from learning_helpers import ALL, assert_same, assert_steps, changed, encoded_sp
 from fedrot.core.adapter import Adapter, part_of
 from fedrot.learning.batching import shuffled_batches
 from fedrot.learning.encoding import Encoded
-from fedrot.learning.evaluation import How, predict
+from fedrot.learning.evaluation import How, measure
 from fedrot.learning.local import LocalFailure, LocalResult, step_count, train_local
 from fedrot.learning.models import ResidentModel
 from fedrot.learning.settings import LocalSettings
@@ -108,7 +108,7 @@ def test_the_broadcast_is_not_changed_in_place(model: ResidentModel, start: Adap
 
 def test_the_loss_is_the_mean_over_the_steps(undropped: ResidentModel, start: Adapter, data: Encoded) -> None:
     still = replace(SGD, lr=1e-12, batch=3, steps=5)
-    _, losses = predict(undropped, start, data, FEW, How(8))
+    losses = measure(undropped, start, data, FEW, How(8))[:, 1]
     batches = list(islice(shuffled_batches(data.lengths[FEW], 3, KEY), 5))
     wanted = float(np.mean([losses[places].mean() for places in batches]))
     assert train(undropped, start, data, still).loss == pytest.approx(wanted, rel=1e-5)
@@ -156,8 +156,8 @@ def test_the_task_is_learned_in_sixty_steps(
     start = resident(tiny_model).read()
     settings = LocalSettings(lr=0.02, batch=16, steps=60, precision=precision)  # type: ignore[arg-type]
     found = train(model, start, data, settings, everyone)
-    _, before = predict(model, start, data, everyone, How(64))
-    predicted, after = predict(model, found.adapter, data, everyone, How(64))
+    before = measure(model, start, data, everyone, How(64))[:, 1]
+    predicted, after = measure(model, found.adapter, data, everyone, How(64)).T
     assert float(after.mean()) < 0.5 * float(before.mean())
     assert float((predicted.numpy() == data.labels).mean()) > 0.85
     assert found.loss < float(before.mean())

@@ -85,7 +85,9 @@ class FakeEngine:
         raise NotImplementedError
 
     def evaluate(self, broadcast: Broadcast, split: str, limit: int | None = None) -> Evaluation:
-        return Evaluation(split, 1, {"accuracy": 0.5, "macro_f1": 0.5, "loss": 1.0}, clients={"c": {"accuracy": 0.5}})
+        return Evaluation(
+            split, 1, "accuracy", {"accuracy": 0.5, "macro_f1": 0.5, "loss": 1.0}, clients={"c": {"accuracy": 0.5}}
+        )
 
     def states(self) -> Mapping[str, ClientState]:
         return {}

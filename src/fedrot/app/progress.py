@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
+from fedrot.learning.scores import main_score
 from fedrot.running.rounds import Watcher
 
 
@@ -31,7 +32,8 @@ def round_line(record: Mapping[str, Any], rounds: int) -> str:
     words.append(f"loss {record['train']['loss']:.4f}")
     if "evaluation" in record:
         scores = record["evaluation"]
-        words.append(f"{scores['split']} accuracy {scores['accuracy']:.4f} (worst client {scores['worst']:.4f})")
+        score = f"{scores['metric'].replace('_', ' ')} {main_score(scores):.4f}"
+        words.append(f"{scores['split']} {score} (worst client {scores['worst']:.4f})")
     if "aggregation" in record:
         errors = record["aggregation"]
         about = "~" if errors["estimated"] else ""

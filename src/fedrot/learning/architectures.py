@@ -1,7 +1,8 @@
 """The base models whose examples can be packed into one row, and how each reads an example.
 
-An encoder's head looks at the first token of an example, a decoder's at the last one that is no padding. A model that
-is not listed here works as well, from padded batches. To list one, name it here: the tests compare every listed one
+An encoder's head looks at the first token of an example, a decoder's classifier at the last one that is no padding, a
+language model at every token before one that it is to write. A model that is not listed here works as well, from padded
+batches. To list one, name it here: the tests compare every listed one
 with its padded logits.
 """
 
@@ -39,7 +40,7 @@ PACKABLE = tuple(sorted(_HEADS))
 
 
 def packable(model: Any) -> bool:
-    """Whether this classifier's examples can be packed."""
+    """Whether this model's examples can be packed."""
     config = model.config
     # A window would have to be kept within each example.
     windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
@@ -65,6 +66,18 @@ def packed_logits(
     packing: Packing,
 ) -> Tensor:  # (n, labels)
     """A classifier's logits for n examples in a row of T tokens without padding."""
+    return _HEADS[model.config.model_type](model, packed_states(model, tokens, segments, positions, read, packing))
+
+
+def packed_states(
+    model: Any,
+    tokens: Tensor,  # (T)
+    segments: Tensor | None,  # (T)
+    positions: Tensor,  # (T)
+    read: Tensor,  # (U)
+    packing: Packing,
+) -> Tensor:  # (U, hidden)
+    """What the layers make of the tokens that are read, in a row of T tokens without padding."""
     base = getattr(model, model.base_model_prefix)
     inputs = {"input_ids": tokens[None], "position_ids": positions[None]}
     if segments is not None:
@@ -79,7 +92,7 @@ def packed_logits(
             hidden = base(**inputs, packing=packing, **extra).last_hidden_state[0]
     finally:
         model.config._attn_implementation = usual
-    return _HEADS[model.config.model_type](model, hidden if last is not None else hidden[read])
+    return hidden if last is not None else hidden[read]
 
 
 class _Only:

@@ -42,11 +42,16 @@ def shuffled_batches(lengths: NDArray[np.int64], batch: int, key: tuple[int | st
 
 @dataclass(frozen=True)
 class Batch:
-    """n examples with T tokens in all, of one client or of several, client after client."""
+    """n examples with T tokens in all, of one client or of several, client after client.
+
+    Each example is scored in one place or in several: a classifier's in one, a language model's in every token that it
+    is to write; U places in all.
+    """
 
     inputs: Mapping[str, Tensor]  # (n, longest) each, or (1, T) where packed
-    labels: Tensor  # (n)
+    labels: Tensor  # (U) the label of each example, or the token that each place is to be followed by
     lengths: NDArray[np.int64]  # (n) tokens of each example
+    scored: NDArray[np.int64]  # (n) places of each example
     layout: Layout
     packing: Packing | None = None  # None: padded
 
@@ -54,7 +59,12 @@ class Batch:
 def padded(data: Encoded, rows: NDArray[np.int64]) -> Batch:
     """These examples, each padded to the longest of them."""
     inputs, labels = data.batch(rows)
-    return Batch(inputs, labels, data.lengths_of(rows), padded_layout(inputs["attention_mask"]))
+    layout, lengths = padded_layout(inputs["attention_mask"]), data.lengths_of(rows)
+    if data.learnt is None:
+        return Batch(inputs, labels, lengths, np.ones(len(rows), dtype=np.int64), layout)
+    places, tokens, counts = data.targets(rows)
+    layout = Layout(layout.rows, torch.from_numpy(places), layout.places)
+    return Batch(inputs, torch.from_numpy(tokens), lengths, counts, layout)
 
 
 def padded_layout(mask: Tensor) -> Layout:
@@ -64,14 +74,18 @@ def padded_layout(mask: Tensor) -> Layout:
 
 
 def packed(data: Encoded, rows: NDArray[np.int64], first_position: int, reads_last: bool) -> Batch:
-    """These examples in one row without padding; for the arguments see architectures.py."""
+    """These examples in one row without padding; for the arguments see architectures.py. What is learnt says where a
+    language model is read.
+    """
     lengths = data.lengths_of(rows)
     packing = pack(lengths)
     tokens, segments = data.flat(rows)
     starts = packing.starts.numpy()
     places = np.arange(len(tokens)) - np.repeat(starts, lengths)
-    read = starts
-    if reads_last:
+    read, labels, scored = starts, data.labels[rows], np.ones(len(rows), dtype=np.int64)
+    if data.learnt is not None:
+        read, labels, scored = data.targets(rows)
+    elif reads_last:
         # As transformers counts: trailing tokens that are the padding token are padding, wherever they came from.
         real = np.where(tokens != data.pad, places, 0)
         read = starts + np.maximum.reduceat(real, starts)
@@ -80,4 +94,4 @@ def packed(data: Encoded, rows: NDArray[np.int64], first_position: int, reads_la
         inputs["token_type_ids"] = segments
     rows_of = {name: torch.from_numpy(array)[None] for name, array in inputs.items()}
     layout = Layout(len(tokens), torch.from_numpy(read))
-    return Batch(rows_of, torch.from_numpy(data.labels[rows]), lengths, layout, packing)
+    return Batch(rows_of, torch.from_numpy(labels), lengths, scored, layout, packing)

@@ -76,7 +76,11 @@ def activation_bytes(model: nn.Module) -> int:
     """
     from transformers.pytorch_utils import Conv1D
 
+    # A language model's output layer is passed a few tokens at a time and keeps none of its scores (vocabulary.py).
+    found: Any = getattr(model, "get_output_embeddings", None)
+    last = found() if found is not None else None
+
     def width(module: Any) -> int:
-        return sum(module.weight.shape) if isinstance(module, (nn.Linear, Conv1D)) else 0
+        return sum(module.weight.shape) if isinstance(module, (nn.Linear, Conv1D)) and module is not last else 0
 
     return max(1, 6 * sum(width(module) for module in model.modules()))

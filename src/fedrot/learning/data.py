@@ -1,4 +1,4 @@
-"""Labelled texts: one `Dataset` of named splits, wherever they come from."""
+"""Labelled texts and conversations: one `Dataset` of named splits, wherever they come from."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,15 +6,21 @@ from dataclasses import dataclass
 
 from fedrot.core.errors import DataError, choices
 
+ASSISTANT = "assistant"
+Turn = tuple[str, str]  # (role, content); what the role `ASSISTANT` says is what a language model learns
+
 
 @dataclass(frozen=True)
 class Rows:
-    """Examples as columns of equal length. `label` holds indices into the dataset's label names."""
+    """Examples as columns of equal length. `label` holds indices into the dataset's label names; texts that a language
+    model learns to write have none, and zeros stand there.
+    """
 
-    text: Sequence[str]
+    text: Sequence[str]  # of a conversation: what is asked, all that the assistant does not say
     label: Sequence[int]
     pair: Sequence[str] | None = None
     group: Sequence[str] | None = None
+    turns: Sequence[Sequence[Turn]] | None = None  # conversations
 
     def __len__(self) -> int:
         return len(self.text)
@@ -26,15 +32,30 @@ class Rows:
             label=[self.label[i] for i in indices],
             pair=None if self.pair is None else [self.pair[i] for i in indices],
             group=None if self.group is None else [self.group[i] for i in indices],
+            turns=None if self.turns is None else [self.turns[i] for i in indices],
         )
+
+    def whole(self) -> list[str]:
+        """All that is written in each example: both texts, or every turn."""
+        if self.turns is not None:
+            return ["\n".join(content for _, content in turns) for turns in self.turns]
+        if self.pair is not None:
+            return [f"{text}\n{pair}" for text, pair in zip(self.text, self.pair, strict=True)]
+        return list(self.text)
+
+
+def conversations(turns: Sequence[Sequence[Turn]], group: Sequence[str] | None = None) -> Rows:
+    """Rows of conversations."""
+    asked = ["\n".join(content for role, content in one if role != ASSISTANT) for one in turns]
+    return Rows(asked, [0] * len(turns), group=group, turns=turns)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Splits by name, 'train' among them, and the names of the labels."""
+    """Splits by name, 'train' among them, and the names of the labels: none where the examples are conversations."""
 
     splits: dict[str, Rows]
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] = ()
 
     def split(self, name: str) -> Rows:
         """One split; `DataError` with the choices where there is none of this name."""

@@ -36,7 +36,7 @@ class Layout:
     """How the T tokens of a batch of n examples lie among the rows that a layer sees."""
 
     rows: int  # rows of a layer that sees everything, padding counted
-    read: Tensor  # (n) the token of each example that the head looks at: what a layer behind it sees
+    read: Tensor  # (U) the tokens that the head looks at, one of each example or several: what a layer behind it sees
     places: Tensor | None = None  # (T) each token's row; None: the rows are the tokens
 
     def of_rows(self, keep: Tensor, rows: int) -> Tensor:  # (rows, width) bool

@@ -22,6 +22,8 @@ class Encoded:
     offsets: NDArray[np.int64]  # (N + 1)
     labels: NDArray[np.int64]  # (N)
     pad: int  # token id that fills a batch up
+    learnt: NDArray[np.bool_] | None = None  # (T) tokens that a language model learns to write; None: labels instead
+    cut: int = 0  # examples that were longer than allowed
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,6 +46,7 @@ class Encoded:
                 segments=None if self.segments is None else _mapped(file, self.segments),
                 offsets=_mapped(file, self.offsets),
                 labels=_mapped(file, self.labels),
+                learnt=None if self.learnt is None else _mapped(file, self.learnt),
             )
 
     def lengths_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -70,16 +73,32 @@ class Encoded:
 
     def flat(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
         """These examples' tokens one after the other, (T), and their token type ids, where the model has them."""
-        lengths = self.lengths_of(indices)
-        before = np.cumsum(lengths) - lengths
-        places = np.repeat(self.offsets[indices] - before, lengths) + np.arange(int(lengths.sum()))
+        places = self._places(indices)
         segments = None if self.segments is None else self.segments[places].astype(np.int64)
         return self.tokens[places].astype(np.int64), segments
+
+    def targets(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """What a language model learns of these examples: (places, tokens, counts). Places (U) among the examples' flat
+        tokens are those before each learnt token, tokens (U) the learnt ones, counts (n) how many each example has.
+        """
+        if self.learnt is None:
+            raise ValueError("these examples have labels and no tokens to learn")
+        learnt = self.learnt[self._places(indices)]
+        lengths = self.lengths_of(indices)
+        counts = np.add.reduceat(learnt.astype(np.int64), np.cumsum(lengths) - lengths)
+        after = np.flatnonzero(learnt)  # never an example's first token, see tasks/generation.py
+        return after - 1, self.flat(indices)[0][after], counts
+
+    def _places(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the tokens of these examples are, one example after the other."""
+        lengths = self.lengths_of(indices)
+        before = np.cumsum(lengths) - lengths
+        return np.repeat(self.offsets[indices] - before, lengths) + np.arange(int(lengths.sum()))
 
     def fingerprint(self) -> str:
         """A hash of all that training sees of these examples."""
         digest = hashlib.blake2b(digest_size=16)
-        for array in (self.tokens, self.segments, self.offsets, self.labels):
+        for array in (self.tokens, self.segments, self.offsets, self.labels, self.learnt):
             if array is not None:
                 digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()

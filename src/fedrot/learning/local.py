@@ -17,7 +17,7 @@ from fedrot.learning.encoding import Encoded
 from fedrot.learning.models import ResidentModel
 from fedrot.learning.settings import LocalSettings
 from fedrot.learning.stacked import Seats, Stack
-from fedrot.learning.tasks import classification
+from fedrot.learning.tasks.base import task_of
 
 
 class LocalFailure(FedrotError):
@@ -100,7 +100,7 @@ class _Training:
     ) -> None:
         self.model, self.data, self.jobs, self.settings, self.packing = model, data, jobs, settings, packing
         self.stack = Stack(model, [job.adapter for job in jobs], parts)
-        self.trained = self.stack.trained
+        self.trained, self.task = self.stack.trained, task_of(data)
         self.steps = [step_count(len(job.indices), settings) for job in jobs]
         self.batches = [shuffled_batches(data.lengths_of(job.indices), settings.batch, job.key) for job in jobs]
         self.optimizer = _optimizer(list(self.trained.values()), settings)
@@ -131,9 +131,10 @@ class _Training:
         examples = [len(mine) for mine in rows]
         seats = Seats.of(batch, examples, [(*job.key, "dropout", step) for job in self.jobs[:active]])
         self.stack.seat(seats)
-        logits = self.model.forward(batch, self.settings.precision)
-        losses = classification.loss(logits, batch.labels.to(logits.device), reduction="none")
-        means = torch.stack([mine.mean() for mine in losses.split(examples)])
+        losses = self.task.losses(self.model, batch, self.settings.precision)
+        ends = np.cumsum(examples)
+        scored = [int(mine.sum()) for mine in np.split(batch.scored, ends[:-1])]
+        means = torch.stack([mine.mean() for mine in losses.split(scored)])
         for client, loss in enumerate(means.tolist()):
             self.losses[client].append(loss)
             self.used[client] += examples[client]

@@ -13,16 +13,18 @@ from torch import Tensor, nn
 
 from fedrot.core.adapter import Adapter, LoraPair, same_form
 from fedrot.core.errors import DataError
-from fedrot.learning.architectures import first_position, packable, packed_logits, reads_last
+from fedrot.learning.architectures import first_position, packable, packed_logits, packed_states, reads_last
 from fedrot.learning.batching import Batch, packed, padded, padded_layout
 from fedrot.learning.dropout import Key, KeyedDropout
 from fedrot.learning.encoding import Encoded
+from fedrot.learning.vocabulary import token_losses
 
 PEFT_NAME = "default"
 
 
 class ResidentModel:
-    """A sequence classifier with LoRA layers. Read and write its adapter; call it for logits.
+    """A sequence classifier or a language model with LoRA layers. Read and write its adapter; call it for logits or
+    losses.
 
     `tokenizer` belongs to it. The base weights are frozen and stay as they were loaded.
     """
@@ -159,6 +161,11 @@ class ResidentModel:
         return next(iter(self._base.values())).device
 
     @property
+    def causal(self) -> bool:
+        """Whether this is a language model that writes on, and no classifier."""
+        return bool(self.model.peft_config[PEFT_NAME].task_type == "CAUSAL_LM")
+
+    @property
     def packable(self) -> bool:
         """Whether examples can be packed into one row; see architectures.py."""
         return packable(self.model.base_model.model)
@@ -172,26 +179,51 @@ class ResidentModel:
         """(n, labels) for the examples of a batch; `precision` is 'fp32' or 'bf16' (autocast)."""
         if batch.packing is None:
             return self.logits(batch.inputs, precision)
+        with self._precision(precision):
+            return self._packed(packed_logits, batch)
+
+    def token_losses(self, batch: Batch, precision: str) -> tuple[Tensor, Tensor]:
+        """A language model's (losses, hits), both (U), for the tokens of a batch that it is to write: cross-entropy,
+        and whether the likeliest token is the right one.
+        """
+        targets = batch.labels.to(self.device)
+        with self._precision(precision):
+            if batch.packing is not None:
+                head = self.model.base_model.model.get_output_embeddings()
+                return token_losses(self._packed(packed_states, batch), head, targets)
+            logits = self.logits(batch.inputs, precision).flatten(0, 1)
+            read = batch.layout.read
+            rows = read if batch.layout.places is None else batch.layout.places[read]
+            scores = logits[rows.to(self.device)]
+            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+            losses = nn.functional.cross_entropy(scores, targets, reduction="none")
+            return losses, scores.argmax(-1) == targets
+
+    def _precision(self, precision: str) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+    def _packed(self, read_by: Callable[..., Tensor], batch: Batch) -> Tensor:
+        """`packed_logits` or `packed_states` of a packed batch."""
+        if batch.packing is None:
+            raise ValueError("this batch is padded")
         inputs = {name: tensor[0].to(self.device) for name, tensor in batch.inputs.items()}
-        read, packing = batch.layout.read.to(self.device), batch.packing.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return packed_logits(
-                self.model.base_model.model,
-                inputs["input_ids"],
-                inputs.get("token_type_ids"),
-                inputs["position_ids"],
-                read,
-                packing,
-            )
+        return read_by(
+            self.model.base_model.model,
+            inputs["input_ids"],
+            inputs.get("token_type_ids"),
+            inputs["position_ids"],
+            batch.layout.read.to(self.device),
+            batch.packing.to(self.device),
+        )
 
     def logits(self, inputs: Mapping[str, Tensor], precision: str) -> Tensor:
-        """(n, labels) for the inputs of a padded batch."""
+        """(n, labels), or (n, longest, vocabulary) of a language model, for the inputs of a padded batch."""
         moved = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         masked = any(dropout.key is not None for dropout in self._dropouts)
         layout = padded_layout(inputs["attention_mask"]) if masked else None
         for dropout in self._dropouts:
             dropout.layout = layout
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with self._precision(precision):
             out: Tensor = self.model(**moved).logits
         return out
 

@@ -10,11 +10,14 @@ class ModelSettings:
     """The base model that every client holds."""
 
     path: str = ""
-    """A local folder, a hub name, or fetch:NAME for what `fedrot data fetch NAME` brought into the cache."""
+    """A local folder, a GGUF file (converted once, into the cache), a hub name, or fetch:NAME for what
+    `fedrot data fetch NAME` brought into the cache."""
     revision: str | None = None
     """Branch, tag or commit of a hub model; null is its default branch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """How the frozen base weights are held; factors and head are float32 always."""
+    quantize: Literal["4bit", "8bit"] | None = None
+    """Hold the base weights in 4 bits (NF4) or 8, by bitsandbytes; needs a GPU and that package."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,10 @@ class LoraSettings:
 class DataSettings:
     """Where the examples come from."""
 
-    source: Literal["files", "glue", "vader"] = "files"
-    """files: CSV, TSV, JSONL or parquet with named columns; glue: a GLUE task; vader: the VADER sentiment corpus."""
+    source: Literal["files", "glue", "vader", "gsm8k"] = "files"
+    """files: CSV, TSV, JSONL or parquet with named columns; glue: a GLUE task; vader: the VADER sentiment corpus;
+    gsm8k: school mathematics with worked answers. Of labels a classifier is made; of responses, a language model is
+    fine-tuned."""
     name: Literal["sst2", "qnli", "qqp", "rte", "mnli"] | None = None
     """The GLUE task."""
     path: str | None = None
@@ -65,13 +70,20 @@ class DataSettings:
     """Column of the second text, if any."""
     label: str = "label"
     """Column of the label."""
+    response: str | None = None
+    """Column of the response that a language model learns to give to the text (source files); there is no label."""
+    messages: str | None = None
+    """Column of conversations, lists of {"role": ..., "content": ...}; what the assistant says is learnt."""
+    template: Literal["plain", "chat"] | None = None
+    """How a conversation is written down: plain, turn after turn as they are; chat, by the tokenizer's template. Null:
+    chat for conversations of data.messages, plain for all else."""
     group: str | None = None
     """Column that says where an example comes from, for partition.kind column."""
     columns: list[str] | None = None
     """Names of the columns of CSV or TSV files that have no header line."""
     holdout: float = 0.1
-    """Share of the training examples that is held out where there is no validation file; the choice depends on the
-    text alone, so equal texts stay on one side."""
+    """Share of the training examples that is held out as the validation split where there is no validation file, and of
+    every GLUE task; the choice depends on the text alone, so equal texts stay on one side."""
     limit: int | None = None
     """At most this many training examples, drawn with the recipe's seed; null: all."""
     max_length: int = 128
@@ -83,12 +95,21 @@ class PartitionSettings:
     """Who gets which example. Evaluation splits are divided by the same rule, for scores by client."""
 
     kind: Literal["iid", "dirichlet", "column", "size"] = "iid"
-    """iid: at random in equal parts; dirichlet: label shares drawn a client; column: a client for every value of
-    data.group; size: at random in the given proportions."""
+    """iid: at random in equal parts; dirichlet: shares of what `by` names drawn a client; column: a client for every
+    value of data.group; size: at random in the given proportions."""
+    by: Literal["label", "group", "length", "cluster"] = "label"
+    """What a Dirichlet split is uneven in: the label; data.group, where an example comes from; its length in
+    characters; or what it is about, by clusters of embeddings. All but the first work without labels."""
+    bins: int | None = None
+    """Number of length quantiles or clusters; null: as many as clients, at least 2. There are fewer where fewer
+    examples differ. The more there are, the more alike are the clients' numbers of examples."""
+    encoder: str | None = None
+    """Model whose embeddings are clustered, a small one for choice: a folder, a hub name or fetch:NAME. Null: the base
+    model, on the CPU."""
     clients: int | None = None
     """Number of clients (not for column)."""
     concentration: float = 0.5
-    """Dirichlet concentration: small is uneven, large is even."""
+    """Dirichlet concentration: small is uneven, down to a stratum whole with one client; large is even."""
     minimum: int = 1
     """Least number of training examples a client; a Dirichlet draw that gives less is drawn again."""
     redraws: int = 1000

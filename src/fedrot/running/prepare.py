@@ -9,13 +9,14 @@ import torch
 
 from fedrot.core.adapter import Adapter
 from fedrot.core.errors import DataError, RecipeError, choices
-from fedrot.learning.data import Dataset
+from fedrot.learning.data import Dataset, Rows
 from fedrot.learning.encoding import Encoded
 from fedrot.learning.loading import load_model
 from fedrot.learning.models import ResidentModel
 from fedrot.learning.partition import Partition, divide
+from fedrot.learning.settings import DataSettings
 from fedrot.learning.sources.read import read_dataset
-from fedrot.learning.tasks import classification
+from fedrot.learning.tasks import classification, generation
 from fedrot.running.choices import for_machine, for_model
 from fedrot.running.recipe import Recipe
 
@@ -46,7 +47,7 @@ def divided(recipe: Recipe) -> tuple[Dataset, Partition]:
     for key, split in (("evaluation.split", recipe.evaluation.split), ("evaluation.final", recipe.evaluation.final)):
         if split is not None and split not in dataset.splits:
             raise DataError(f"{key}: the data has no split {split!r}; choose {choices(dataset.splits)}")
-    partition = divide(dataset, recipe.partition, recipe.seed)
+    partition = divide(dataset, recipe.partition, recipe.seed, recipe.model)
     if strange := sorted(set(recipe.lora.ranks or ()) - set(partition.clients)):
         some = f"the clients are {choices(partition.clients[:8])}" + (" and more" if len(partition.clients) > 8 else "")
         raise RecipeError(f"lora.ranks: there is no client {strange[0]!r}; {some}")
@@ -65,13 +66,19 @@ def prepare(recipe: Recipe) -> Prepared:
         raise DataError(f"data.max_length is {recipe.data.max_length}, {recipe.model.path} has {longest} positions")
     wanted = {"train", recipe.evaluation.split, recipe.evaluation.final}
     encoded = {
-        split: classification.encode(model.tokenizer, rows, recipe.data.max_length).mapped()
-        for split, rows in dataset.splits.items()
-        if split in wanted
+        split: _encoded(recipe.data, model, rows).mapped() for split, rows in dataset.splits.items() if split in wanted
     }
     recipe = for_model(recipe, model, encoded["train"], partition)
     torch.set_num_threads(recipe.compute.threads or 1)
     return Prepared(recipe, dataset, partition, model, encoded)
+
+
+def _encoded(settings: DataSettings, model: ResidentModel, rows: Rows) -> Encoded:
+    """A split as the model takes it in."""
+    if rows.turns is None:
+        return classification.encode(model.tokenizer, rows, settings.max_length)
+    template = settings.template or ("chat" if settings.messages else "plain")
+    return generation.encode(model.tokenizer, rows, settings.max_length, template)
 
 
 def first_adapter(recipe: Recipe, model: ResidentModel) -> Adapter:

@@ -148,6 +148,7 @@ def _rules(r: Recipe) -> Iterator[tuple[str, bool, str]]:
     yield "local.batch", r.local.batch >= 1, "at least 1"
     yield "local.steps", r.local.steps is None or r.local.steps >= 1, "at least 1, or null"
     yield "local.epochs", r.local.epochs is None or 0 < r.local.epochs < inf, "positive, or null"
+    yield "partition.bins", r.partition.bins is None or r.partition.bins >= 2, "at least 2, or null"
     yield "local.clip", r.local.clip is None or 0 < r.local.clip < inf, "positive, or null"
     yield "local.prox", 0 <= r.local.prox < inf, "at least 0"
     yield "server.lr", r.server.lr is None or 0 < r.server.lr < inf, "positive, or null"
@@ -178,8 +179,20 @@ def _cross_checks(r: Recipe) -> None:
         raise RecipeError("data.name: give the GLUE task (source glue): sst2, qnli, qqp, rte or mnli")
     if r.data.source == "files" and r.data.train is None:
         raise RecipeError("data.train: give the file of training examples (source files)")
+    if r.data.response and r.data.messages:
+        raise RecipeError("data: give data.response or data.messages, not both")
+    if r.data.source != "files" and (r.data.response or r.data.messages):
+        raise RecipeError(f"data.response and data.messages are for data.source files, not {r.data.source}")
     if r.partition.kind == "column" and r.data.source == "files" and r.data.group is None:
         raise RecipeError("data.group: name the column that partition.kind column divides by")
+    if r.partition.by != "label" and r.partition.kind != "dirichlet":
+        raise RecipeError(f"partition.by {r.partition.by}: it is for partition.kind dirichlet; others take by label")
+    if r.partition.by == "group" and r.data.source == "files" and r.data.group is None:
+        raise RecipeError("data.group: name the column that partition.by group is uneven in")
+    if r.partition.bins is not None and r.partition.by not in ("length", "cluster"):
+        raise RecipeError("partition.bins: it is for partition.by length or cluster; leave it null")
+    if r.partition.encoder is not None and r.partition.by != "cluster":
+        raise RecipeError("partition.encoder: it is for partition.by cluster; leave it null")
     if r.partition.kind in ("iid", "dirichlet") and r.partition.clients is None:
         raise RecipeError(f"partition.clients: give the number of clients (kind {r.partition.kind})")
     _method_checks(r)
@@ -188,7 +201,8 @@ def _cross_checks(r: Recipe) -> None:
 def _method_checks(r: Recipe) -> None:
     """Refuse what the method cannot do, with the methods that can."""
     has = r.method.capabilities
-    half = r.model.dtype != "float32" and not getattr(r.method, "dequantize", False)
+    held = r.model.quantize or r.model.dtype
+    half = held != "float32" and (r.model.quantize is not None or not getattr(r.method, "dequantize", False))
     for asked, key, can, why in (
         (bool(r.lora.ranks), "lora.ranks", lambda c: c.mixed_ranks, "takes clients of one rank only"),
         (
@@ -213,8 +227,7 @@ def _method_checks(r: Recipe) -> None:
             has.changes_base and half,
             "model.dtype",
             lambda c: not c.changes_base,
-            f"changes the base weights, which {r.model.dtype} would round away; set method.dequantize, or model.dtype "
-            "float32",
+            f"changes the base weights, which {held} would round away; set method.dequantize, or model.dtype float32",
         ),
     ):
         if asked and not can(has):

@@ -72,12 +72,10 @@ class _Keeper:
 def _describe(folder: RunFolder, prepared: Prepared) -> None:
     """Write what the run works on, before its first round."""
     folder.write_json("versions.json", versions() | {"identity": prepared.identity()})
-    partition, dataset = prepared.partition, prepared.dataset
-    counts = {
-        split: partition.label_counts(split, dataset.splits[split], len(dataset.labels)) for split in prepared.encoded
-    }
+    partition = prepared.partition
+    counts = {split: partition.counts(split) for split in prepared.encoded}
     indices = {s: {c: i.tolist() for c, i in partition.indices[s].items()} for s in prepared.encoded}
-    folder.write_json("partition.json", {"labels": dataset.labels, "label_counts": counts, "indices": indices})
+    folder.write_json("partition.json", {"labels": partition.strata.names, "label_counts": counts, "indices": indices})
 
 
 def _begin(folder: RunFolder, prepared: Prepared) -> Checkpoint | None:

@@ -84,7 +84,6 @@ class Simulation:
         if personal(self._recipe):
             adapters = {name: self.own_model(broadcast, name) for name in self.clients}
         how = How(settings.batch, self._recipe.local.precision, bool(self._recipe.compute.packing))
-
         return evaluate(partial(self._map, broadcast), adapters, data, split, parts, rows, how)
 
     def _map(

@@ -25,7 +25,7 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument("--baseline", help="the row that others are compared with (default: fedit, or the first)")
     parser.add_argument(
-        "--target", type=float, help="accuracy for 'rounds to target' (default: the baseline's, when last scored)"
+        "--target", type=float, help="score for 'rounds to target' (default: the baseline's, when last scored)"
     )
     parser.add_argument("--out", type=Path, help="folder of the comparison (default: runs/NAME-compared)")
     call, flags = parser.parse_known_args(list(words))
@@ -45,7 +45,7 @@ def main(words: Sequence[str]) -> int:
     found = summarise(planned, baseline, call.target, failed, out)
     print(found.table, end="")
     print(
-        f"target accuracy {found.target:.4f}; mean ± standard deviation over {len(seeds)} seeds; "
+        f"target {found.metric} {found.target:.4f}; mean ± standard deviation over {len(seeds)} seeds; "
         "[95 % interval, paired]"
     )
     for name, reason in found.failed.items():

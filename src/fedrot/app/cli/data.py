@@ -37,7 +37,7 @@ def _list() -> int:
             state = "fetched"
         except FedrotError:
             state = "not fetched"
-        print(f"{name:<8} {state:<12} {package.what}")
+        print(f"{name:<9} {state:<12} {package.what}")
     return 0
 
 
@@ -56,17 +56,17 @@ def _show(path: Path, png: Path | None, flags: Sequence[str]) -> int:
     from fedrot.running.recipe_file import read_recipe
 
     dataset, partition = divided(read_recipe(path, flags))
+    labels = partition.strata.names
     width = max(len(client) for client in partition.clients)
     for split, rows in dataset.splits.items():
-        counts = partition.label_counts(split, rows, len(dataset.labels))
+        counts = partition.counts(split)
         print(f"{split}: {len(rows)} examples, {len(counts)} clients")
-        print(f"  {'client':<{width}}  {'all':>7}  " + "  ".join(f"{label[:16]:>16}" for label in dataset.labels))
+        print(f"  {'client':<{width}}  {'all':>7}  " + "  ".join(f"{label[:16]:>16}" for label in labels))
         for client, numbers in counts.items():
             print(f"  {client:<{width}}  {sum(numbers):>7}  " + "  ".join(f"{n:>16}" for n in numbers))
     if png is not None:
         from fedrot.app.report.figures import label_shares, save
 
-        counts = partition.label_counts("train", dataset.splits["train"], len(dataset.labels))
-        save(label_shares(counts, list(dataset.labels)), png)
+        save(label_shares(partition.counts("train"), labels), png)
         print(png)
     return 0

@@ -40,13 +40,13 @@ def main(words: Sequence[str]) -> int:
         print(json.dumps(scores))
         return 0
     print(f"{scores['split']}  {scores['examples']} examples")
-    for key in ("accuracy", "macro_f1", "loss", "worst", "spread"):
-        if key in scores:
-            print(f"{key:<10} {scores[key]:.4f}")
+    for key, value in scores.items():
+        if isinstance(value, float):
+            print(f"{key:<14} {value:.4f}")
     by_client = scores["by_client"]
     if isinstance(by_client, dict):
-        for client, accuracy in by_client.items():
-            print(f"  {client:<20} {accuracy:.4f}")
+        for client, score in by_client.items():
+            print(f"  {client:<20} {score:.4f}")
     return 0
 
 

@@ -66,7 +66,8 @@ def main(words: Sequence[str]) -> int:
     report = build_report([folder.path], folder.path)
     result = folder.read_json("result.json")
     scores = result.get("final") or result["evaluation"]
-    print(f"{scores['split']} accuracy {scores['accuracy']:.4f}  ({scores['examples']} examples)")
+    name = scores["metric"].replace("_", " ")
+    print(f"{scores['split']} {name} {scores[scores['metric']]:.4f}  ({scores['examples']} examples)")
     print(f"adapter  {folder.adapter}")
     print(f"report   {report}")
     return 0

@@ -17,6 +17,7 @@ class Compared:
     """What came out of a comparison."""
 
     table: str  # Markdown
+    metric: str
     target: float
     failed: dict[str, str]  # run -> reason
     report: Path
@@ -64,4 +65,4 @@ def summarise(
     write_atomic(out / "table.csv", to_csv(table).encode())
     write_atomic(out / "table.md", to_markdown(lines).encode())
     report = build_comparison(finished, lines, goal, baseline, failed, out)
-    return Compared(to_markdown(lines), goal, failed, report)
+    return Compared(to_markdown(lines), outcomes[0].metric.replace("_", " "), goal, failed, report)

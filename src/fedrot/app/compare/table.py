@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from fedrot.app.compare.plan import Planned
+from fedrot.learning.scores import LOWER_IS_BETTER, main_score
 from fedrot.running.folder import RunFolder
 
 
@@ -20,7 +21,8 @@ class Outcome:
     setting: str  # swept values that are not the method's
     seed: int
     split: str
-    accuracy: float
+    metric: str
+    score: float
     worst: float
     spread: float  # standard deviation over clients
     rounds_to_target: int | None
@@ -38,8 +40,9 @@ class Row:
     method: str
     setting: str
     seeds: int
-    accuracy: float
-    accuracy_sd: float | None
+    metric: str
+    score: float
+    score_sd: float | None
     difference: float | None  # mean over the seeds that both have, against the baseline
     difference_ci: float | None  # half width of its 95 % interval (paired t)
     rounds_to_target: float | None  # mean over the runs that reached it
@@ -54,12 +57,12 @@ class Row:
 
 
 def curve(folder: RunFolder) -> list[tuple[int, float]]:
-    """(rounds run, accuracy) at every scored round."""
-    return [(r["round"] + 1, r["evaluation"]["accuracy"]) for r in folder.metrics() if "evaluation" in r]
+    """(rounds run, score) at every scored round."""
+    return [(r["round"] + 1, main_score(r["evaluation"])) for r in folder.metrics() if "evaluation" in r]
 
 
 def default_target(planned: Sequence[Planned], baseline: str) -> float:
-    """The baseline's mean accuracy when it was last scored in its rounds."""
+    """The baseline's mean score when it was last scored in its rounds."""
     last = [curve(RunFolder(one.folder))[-1][1] for one in planned if one.done and one.variant.method == baseline]
     return mean(last) if last else math.nan
 
@@ -69,15 +72,21 @@ def outcome(one: Planned, target: float) -> Outcome:
     folder = RunFolder(one.folder)
     metrics, result = folder.metrics(), folder.read_json("result.json")
     scores = result.get("final") or result["evaluation"]
+    falls = result["evaluation"]["metric"] in LOWER_IS_BETTER
+
+    def reaches(score: float) -> bool:
+        return score <= target if falls else score >= target
+
     return Outcome(
         method=one.variant.method,
         setting=one.variant.setting,
         seed=one.seed,
         split=scores["split"],
-        accuracy=scores["accuracy"],
+        metric=scores["metric"],
+        score=main_score(scores),
         worst=scores["worst"],
         spread=scores["spread"],
-        rounds_to_target=next((rounds for rounds, accuracy in curve(folder) if accuracy >= target), None),
+        rounds_to_target=next((rounds for rounds, score in curve(folder) if reaches(score)), None),
         error=_late(metrics, "sent_relative"),
         floor=_late(metrics, "floor_relative"),
         megabytes_up=sum(r["bytes"]["up"] for r in metrics) / 1e6,
@@ -96,19 +105,20 @@ def rows(outcomes: Sequence[Outcome], baseline: str) -> list[Row]:
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for one in outcomes:
         groups.setdefault((one.method, one.setting), []).append(one)
-    base = {(o.setting, o.seed): o.accuracy for o in outcomes if o.method == baseline}
+    base = {(o.setting, o.seed): o.score for o in outcomes if o.method == baseline}
     return [_row(mine, {} if method == baseline else base) for (method, _), mine in groups.items()]
 
 
 def _row(mine: Sequence[Outcome], base: Mapping[tuple[str, int], float]) -> Row:
-    pairs = [o.accuracy - base[o.setting, o.seed] for o in mine if (o.setting, o.seed) in base]
+    pairs = [o.score - base[o.setting, o.seed] for o in mine if (o.setting, o.seed) in base]
     reached = [o.rounds_to_target for o in mine if o.rounds_to_target is not None]
     return Row(
         method=mine[0].method,
         setting=mine[0].setting,
         seeds=len(mine),
-        accuracy=mean(o.accuracy for o in mine),
-        accuracy_sd=stdev(o.accuracy for o in mine) if len(mine) > 1 else None,
+        metric=mine[0].metric,
+        score=mean(o.score for o in mine),
+        score_sd=stdev(o.score for o in mine) if len(mine) > 1 else None,
         difference=mean(pairs) if pairs else None,
         difference_ci=half_width(pairs),
         rounds_to_target=mean(reached) if reached else None,
@@ -149,10 +159,11 @@ def to_csv(records: Sequence[Outcome] | Sequence[Row]) -> str:
 
 def cells(table: Sequence[Row], baseline: str, split: str) -> list[list[str]]:
     """The table in words, header first."""
-    head = ["method", f"{split} accuracy", f"against {baseline}", "rounds to target", "worst client", "spread", "error"]
+    name = table[0].metric.replace("_", " ")
+    head = ["method", f"{split} {name}", f"against {baseline}", "rounds to target", "worst client", "spread", "error"]
     lines = [[*head, "floor", "MB up", "MB down", "seconds"]]
     for row in table:
-        sd = "" if row.accuracy_sd is None else f" ± {row.accuracy_sd:.4f}"
+        sd = "" if row.score_sd is None else f" ± {row.score_sd:.4f}"
         difference = "" if row.difference is None else f"{row.difference:+.4f}"
         if row.difference_ci is not None:
             low, high = (row.difference or 0) - row.difference_ci, (row.difference or 0) + row.difference_ci
@@ -163,7 +174,7 @@ def cells(table: Sequence[Row], baseline: str, split: str) -> list[list[str]]:
         lines.append(
             [
                 f"{row.method} {row.setting}".strip(),
-                f"{row.accuracy:.4f}{sd}",
+                f"{row.score:.4f}{sd}",
                 difference,
                 target,
                 f"{row.worst:.4f}",

@@ -27,7 +27,7 @@ def _draw(runs: Sequence[RunData], folder: Path) -> list[dict[str, Any]]:
     measured = any("aggregation" in record for run in runs for record in run.metrics)
     scored = any("evaluation" in record for run in runs for record in run.metrics)
     first = runs[0].partition
-    plan: list[tuple[str, str, Any]] = [("learning", "Accuracy and loss by round.", lambda: figures.learning(runs))]
+    plan: list[tuple[str, str, Any]] = [("learning", "Score and loss by round.", lambda: figures.learning(runs))]
     if measured:
         plan += [
             (
@@ -89,7 +89,13 @@ def page(template: str, **content: Any) -> str:
     environment = Environment(
         loader=PackageLoader("fedrot.app.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    environment.filters["score"] = _score
     return environment.get_template(template).render(**content)
+
+
+def _score(value: float | None) -> str:
+    """A score in four digits; a loss that is not finite is null in the run's files."""
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _summary(run: RunData) -> dict[str, Any]:

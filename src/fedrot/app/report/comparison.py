@@ -6,6 +6,7 @@ from typing import Any
 
 from fedrot.app.compare.plan import Planned
 from fedrot.app.report.build import draw, page
+from fedrot.app.report.figures import score_name
 from fedrot.app.report.load import RunData, load_runs
 from fedrot.core.files import write_atomic
 from fedrot.running.recipe_file import to_yaml
@@ -24,12 +25,13 @@ def build_comparison(
     groups: dict[str, list[RunData]] = {}
     for one, run in zip(planned, runs, strict=True):
         groups.setdefault(one.variant.label, []).append(run)
-    drawn = draw(_plan(planned, groups), out / "figures", narrow=["accuracies"])
+    drawn = draw(_plan(planned, groups), out / "figures", narrow=["scores"])
     text = page(
         "comparison.html.j2",
         title=f"{runs[0].recipe.name}: {len(groups)} rows, {len({one.seed for one in planned})} seeds",
         table=table,
         target=target,
+        metric=score_name(runs[0]),
         baseline=baseline,
         failed=dict(failed),
         runs=[str(one.folder.relative_to(out)) for one in planned],
@@ -47,11 +49,11 @@ def _plan(planned: Sequence[Planned], groups: Mapping[str, list[RunData]]) -> li
 
     plan: list[tuple[str, str, Any]] = [
         (
-            "accuracy",
-            "Accuracy and loss by round, mean and standard deviation over seeds.",
-            lambda: figures.accuracy(groups),
+            "score",
+            "Score and loss by round, mean and standard deviation over seeds.",
+            lambda: figures.score(groups),
         ),
-        ("accuracies", "The last accuracy of every seed, with the mean.", lambda: figures.accuracies(groups)),
+        ("scores", "The last score of every seed, with the mean.", lambda: figures.scores(groups)),
     ]
     if any("aggregation" in record for runs in groups.values() for run in runs for record in run.metrics):
         plan += [
@@ -76,7 +78,7 @@ def _plan(planned: Sequence[Planned], groups: Mapping[str, list[RunData]]) -> li
         plan.append(
             (
                 f"sweep-{key.replace('.', '-')}",
-                f"Last accuracy against {key}, mean and standard deviation over seeds; a method that does not have it "
+                f"Last score against {key}, mean and standard deviation over seeds; a method that does not have it "
                 "is a line across.",
                 lambda key=key, points=points: figures.sweep(key, points),
             )

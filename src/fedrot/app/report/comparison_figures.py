@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from fedrot.app.report.figures import COLOURS, by_round, empty_figure, last_scores
+from fedrot.app.report.figures import COLOURS, by_round, empty_figure, last_scores, score_name
 from fedrot.app.report.load import RunData
+from fedrot.learning.scores import main_score
 
 Groups = Mapping[str, Sequence[RunData]]  # row -> its runs, a seed each
 _STYLES = ("-", "--", ":", "-.")
@@ -55,29 +56,31 @@ def _finish(figure: Figure, axes: Sequence[Axes]) -> Figure:
     return figure
 
 
-def accuracy(groups: Groups) -> Figure:
-    """Accuracy and loss of the evaluation in rounds."""
+def score(groups: Groups) -> Figure:
+    """The score that counts and the loss of the evaluation in rounds."""
     figure, axes = empty_figure(2, height=_height(groups))
-    _band(axes[0], groups, lambda r: r["evaluation"]["accuracy"])
+    _band(axes[0], groups, lambda r: main_score(r["evaluation"]))
     _band(axes[1], groups, lambda r: r["evaluation"]["loss"])
     split = next(iter(groups.values()))[0].recipe.evaluation.split
-    by_round(axes[0], f"Accuracy on {split}", "accuracy")
+    name = score_name(_first(groups))
+    by_round(axes[0], f"{name.capitalize()} on {split}", name)
     by_round(axes[1], f"Loss on {split}", "cross-entropy")
     return _finish(figure, axes)
 
 
-def accuracies(groups: Groups) -> Figure:
-    """Every seed's last accuracy as a dot, the mean as a line."""
+def scores(groups: Groups) -> Figure:
+    """Every seed's last score as a dot, the mean as a line."""
     figure, (ax,) = empty_figure(1, height=max(2.2, 1.0 + 0.3 * len(groups)))
     for number, runs in enumerate(groups.values()):
-        values = [last_scores(run)["accuracy"] for run in runs]
+        values = [main_score(last_scores(run)) for run in runs]
         ax.plot(values, [number] * len(values), "o", markersize=5, alpha=0.7, color=style(number)["color"])
         ax.plot([mean(values)] * 2, [number - 0.35, number + 0.35], color="#333333", linewidth=1.5)
     ax.set_yticks(range(len(groups)), list(groups), fontsize=8)
+    name = score_name(_first(groups))
     ax.set_ylim(len(groups) - 0.5, -0.5)
     ax.grid(False)
     ax.grid(True, axis="x", alpha=0.25)
-    ax.set_title(f"Accuracy on {last_scores(next(iter(groups.values()))[0])['split']}, every seed", fontsize=11)
+    ax.set_title(f"{name.capitalize()} on {last_scores(_first(groups))['split']}, every seed", fontsize=11)
     return figure
 
 
@@ -121,14 +124,14 @@ def rotation(groups: Groups) -> Figure:
 
 
 def sweep(key: str, points: Sequence[tuple[str, str | None, RunData]]) -> Figure:
-    """Last accuracy against a swept key: (row without the key, its value or None, run)."""
+    """Last score against a swept key: (row without the key, its value or None, run)."""
     order = list(dict.fromkeys(value for _, value, _ in points if value is not None))
     numbers = [number for value in order if (number := _number(value)) is not None]
     numeric = len(numbers) == len(order)
     places = numbers if numeric else [float(place) for place in range(len(order))]
     figure, (ax,) = empty_figure(1, height=4.0)
     for number, row in enumerate(dict.fromkeys(row for row, _, _ in points)):
-        mine = [(value, last_scores(run)["accuracy"]) for r, value, run in points if r == row]
+        mine = [(value, main_score(last_scores(run))) for r, value, run in points if r == row]
         if all(value is None for value, _ in mine):
             ax.axhline(mean(a for _, a in mine), label=row, **style(number))
             continue
@@ -147,9 +150,14 @@ def sweep(key: str, points: Sequence[tuple[str, str | None, RunData]]) -> Figure
     if not numeric:
         ax.set_xticks(places, order)
     ax.set_xlabel(key)
-    ax.set_ylabel("accuracy")
-    ax.set_title(f"Accuracy against {key}", fontsize=11)
+    name = score_name(points[0][2])
+    ax.set_ylabel(name)
+    ax.set_title(f"{name.capitalize()} against {key}", fontsize=11)
     return _finish(figure, [ax])
+
+
+def _first(groups: Groups) -> RunData:
+    return next(iter(groups.values()))[0]
 
 
 def _number(text: str) -> float | None:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fedrot.app.report.load import RunData
+from fedrot.learning.scores import LOWER_IS_BETTER, main_score
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -61,16 +62,17 @@ def _colours(runs: Sequence[RunData]) -> list[tuple[RunData, str]]:
 
 
 def learning(runs: Sequence[RunData]) -> Figure:
-    """Accuracy of the global model, and losses, by round."""
+    """The score of the global model, and losses, by round."""
     figure, (left, right) = empty_figure(2)
     for run, colour in _colours(runs):
-        _line(left, run, lambda r: r["evaluation"]["accuracy"], run.label, color=colour)
+        _line(left, run, lambda r: main_score(r["evaluation"]), run.label, color=colour)
         worst = {"color": colour, "linestyle": ":", "alpha": 0.7}
         _line(left, run, lambda r: r["evaluation"]["worst"], f"{run.label}, worst client", **worst)
         _line(right, run, lambda r: r["evaluation"]["loss"], f"{run.label}, evaluation", color=colour)
         _line(right, run, lambda r: r["train"]["loss"], f"{run.label}, local training", color=colour, linestyle=":")
     split = runs[0].recipe.evaluation.split
-    by_round(left, f"Accuracy on {split}", "accuracy")
+    name = score_name(runs[0])
+    by_round(left, f"{name.capitalize()} on {split}", name)
     by_round(right, "Loss", "cross-entropy")
     return figure
 
@@ -157,7 +159,7 @@ def label_shares(counts: Mapping[str, Sequence[int]], labels: Sequence[str]) -> 
 
 
 def clients(runs: Sequence[RunData]) -> Figure:
-    """The last accuracy of every client's part of the split."""
+    """The last score of every client's part of the split."""
     runs = [run for run in runs if _last(run)]
     last = [last_scores(run) for run in runs]
     names = sorted({client for scores in last for client in scores["by_client"]})
@@ -170,8 +172,10 @@ def clients(runs: Sequence[RunData]) -> Figure:
     ax.invert_yaxis()
     ax.grid(False)
     ax.grid(True, axis="x", alpha=0.25)
-    ax.set_xlim(0, 1)
-    ax.set_title(f"Accuracy by client on {last[0]['split']}, after the last round", fontsize=11)
+    name = score_name(runs[0])
+    if name not in LOWER_IS_BETTER:
+        ax.set_xlim(0, 1)
+    ax.set_title(f"{name.capitalize()} by client on {last[0]['split']}, after the last round", fontsize=11)
     _legend_below(ax, len(runs))
     return figure
 
@@ -179,6 +183,11 @@ def clients(runs: Sequence[RunData]) -> Figure:
 def last_scores(run: RunData) -> dict[str, Any]:
     """The final scores, or those of the last round that was scored."""
     return run.result.get("final") or _last(run)
+
+
+def score_name(run: RunData) -> str:
+    """What the score that counts is called."""
+    return str(last_scores(run).get("metric", "score")).replace("_", " ")
 
 
 def _last(run: RunData) -> dict[str, Any]:

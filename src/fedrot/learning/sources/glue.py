@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrot.core.errors import DataError, choices
-from fedrot.learning.data import Dataset, Rows
+from fedrot.learning.data import Dataset, Rows, hold_out
 from fedrot.learning.settings import DataSettings
 from fedrot.learning.sources.tables import SUFFIXES, Table, read_table, text_column
 
@@ -42,18 +42,18 @@ TASKS = {
         label=("label", "gold_label"),
     ),
 }
-# Our split -> the file or hub split names that hold it.
+# Our split -> the file or hub split names that hold it. GLUE's own test splits carry no labels, so its validation
+# splits are what is reported; what settings are chosen by is held out from the training examples.
 _SPLITS = {
     "train": ("train",),
-    "validation": ("validation", "validation_matched", "dev", "dev_matched"),
-    "validation_mismatched": ("validation_mismatched", "dev_mismatched"),
+    "test": ("validation", "validation_matched", "dev", "dev_matched"),
+    "test_mismatched": ("validation_mismatched", "dev_mismatched"),
 }
 
 
 def read(settings: DataSettings) -> Dataset:
-    """Train and validation splits of the task (MNLI: matched, and mismatched beside it).
-
-    The test splits of GLUE carry no labels, so there is none here.
+    """The task's splits: train, and validation held out of it by `data.holdout`; test, which is GLUE's validation split
+    (MNLI: matched, and test_mismatched beside it).
     """
     if settings.name is None:
         raise DataError(f"data.name: give the GLUE task, {choices(TASKS)}")
@@ -63,10 +63,11 @@ def read(settings: DataSettings) -> Dataset:
     else:
         tables = hub_tables(HUB, settings.name)
     splits = {split: _rows(table, task, source) for split, (table, source) in tables.items()}
-    for split in ("train", "validation"):
+    for split in ("train", "test"):
         if split not in splits:
-            raise DataError(f"{settings.path or HUB}: there is no {split} split of {settings.name}")
-    return Dataset(splits, task.labels)
+            raise DataError(f"{settings.path or HUB}: there is no {_SPLITS[split][0]} split of {settings.name}")
+    train, validation = hold_out(splits.pop("train"), settings.holdout)
+    return Dataset({"train": train, "validation": validation, **splits}, task.labels)
 
 
 def _local(folder: Path, task: Task) -> dict[str, tuple[Table, Path]]:

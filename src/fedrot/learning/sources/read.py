@@ -8,9 +8,9 @@ from fedrot.core.errors import DataError
 from fedrot.core.seeding import generator
 from fedrot.learning.data import Dataset
 from fedrot.learning.settings import DataSettings
-from fedrot.learning.sources import files, glue, vader
+from fedrot.learning.sources import conversations, files, glue, gsm8k, vader
 
-_SOURCES = {"files": files.read, "glue": glue.read, "vader": vader.read}
+_SOURCES = {"files": files.read, "glue": glue.read, "vader": vader.read, "gsm8k": gsm8k.read}
 
 
 def read_dataset(settings: DataSettings, seed: int) -> Dataset:
@@ -18,11 +18,12 @@ def read_dataset(settings: DataSettings, seed: int) -> Dataset:
 
     Raises `DataError` naming the file, line or column that cannot be used.
     """
-    dataset = _SOURCES[settings.source](settings)
+    written = settings.source == "files" and (settings.response or settings.messages)
+    dataset = conversations.read(settings) if written else _SOURCES[settings.source](settings)
     for name, rows in dataset.splits.items():
         if not len(rows):
             raise DataError(f"the split {name!r} holds no examples")
-    if len(dataset.labels) < 2:
+    if len(dataset.labels) == 1:
         raise DataError(f"the data has one label only ({dataset.labels[0]!r}); classification needs two or more")
     train = dataset.split("train")
     if settings.limit is not None and settings.limit < len(train):

@@ -11,8 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedrot.learning.batching import Batch
 from fedrot.learning.data import Rows
 from fedrot.learning.encoding import Encoded
+from fedrot.learning.models import ResidentModel
+
+METRIC = "accuracy"
 
 
 def encode(tokenizer: Any, rows: Rows, max_length: int) -> Encoded:
@@ -32,19 +36,31 @@ def encode(tokenizer: Any, rows: Rows, max_length: int) -> Encoded:
     )
 
 
-def loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy in float32 or better; `logits` (n, labels), `labels` (n)."""
+def losses(model: ResidentModel, batch: Batch, precision: str) -> Tensor:  # (n)
+    """The cross-entropy of every example of a batch."""
+    logits = model.forward(batch, precision)
+    return loss(logits, batch.labels.to(logits.device))
+
+
+def measure(model: ResidentModel, batch: Batch, precision: str) -> Tensor:  # (n, 2)
+    """The likeliest label of every example of a batch, and its loss."""
+    logits = model.forward(batch, precision).float().cpu()
+    return torch.stack([logits.argmax(-1).double(), loss(logits, batch.labels).double()], dim=1)
+
+
+def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy (n) in float32 or better; `logits` (n, labels), `labels` (n)."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(wide, labels, reduction=reduction)
+    return torch.nn.functional.cross_entropy(wide, labels, reduction="none")
 
 
-def score(predicted: Tensor, labels: Tensor, losses: Tensor) -> dict[str, float]:
-    """Accuracy, macro F1 and mean loss of n examples; all arguments have shape (n)."""
+def score(found: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy, macro F1 and mean loss of n examples; `found` (n, 2) is what `measure` gives, `labels` (n)."""
     from sklearn.metrics import accuracy_score, f1_score
 
-    truth, guess = labels.numpy(), predicted.numpy()
+    truth, guess = labels.numpy(), found[:, 0].long().numpy()
     return {
         "accuracy": float(accuracy_score(truth, guess)),
         "macro_f1": float(f1_score(truth, guess, average="macro", zero_division=0)),
-        "loss": float(losses.mean()),
+        "loss": float(found[:, 1].mean()),
     }

@@ -1,0 +1,54 @@
+"""GSM8K: school mathematics with worked answers that end in "#### number" (Cobbe et al., arXiv 2110.14168)."""
+
+from pathlib import Path
+
+from fedrot.core.errors import DataError
+from fedrot.learning.data import ASSISTANT, Dataset, Rows, conversations, hold_out
+from fedrot.learning.settings import DataSettings
+from fedrot.learning.sources.tables import SUFFIXES, Table, read_table, text_column
+
+HUB = "openai/gsm8k"
+
+
+def read(settings: DataSettings) -> Dataset:
+    """train, and validation held out of it by `data.holdout`; test. `data.path` is a folder with train.jsonl and
+    test.jsonl (or parquet files); null: the hub.
+    """
+    tables = _local(Path(settings.path)) if settings.path else _hub()
+    splits = {split: _rows(table, path) for split, (table, path) in tables.items()}
+    train, validation = hold_out(splits.pop("train"), settings.holdout)
+    return Dataset({"train": train, "validation": validation, **splits})
+
+
+def _local(folder: Path) -> dict[str, tuple[Table, Path]]:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder (data.path)")
+    found = {}
+    for split in ("train", "test"):
+        paths = [folder / f"{split}{suffix}" for suffix in SUFFIXES]
+        path = next((path for path in paths if path.is_file()), None)
+        path = path or next(iter(sorted(folder.glob(f"{split}-?????-of-?????.parquet"))), None)
+        if path is None:
+            raise DataError(f"{folder}: there is no {split}.jsonl of GSM8K (data.path)")
+        found[split] = read_table(path), path
+    return found
+
+
+def _hub() -> dict[str, tuple[Table, Path]]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(HUB, "main")
+    except Exception as problem:  # the library raises many kinds, offline ones among them
+        reason = " ".join(str(problem).split())[:200]
+        raise DataError(
+            f"{HUB}: could not be loaded ({reason}); give data.path, a folder with train.jsonl and test.jsonl"
+        ) from None
+    return {s: ({c: list(loaded[s][c]) for c in loaded[s].column_names}, Path(HUB) / s) for s in ("train", "test")}
+
+
+def _rows(table: Table, path: Path) -> Rows:
+    questions = text_column(table, "question", path, "the question", empty=False)
+    answers = text_column(table, "answer", path, "the answer", empty=False)
+    pairs = zip(questions, answers, strict=True)
+    return conversations([(("user", f"Question: {q}\nAnswer:"), (ASSISTANT, f" {a}")) for q, a in pairs])
