@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -101,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Speed and memory as ratios measured in one run.")
     parser.add_argument(
         "--data",
-        help="a folder with SST-2's files, or with sst2/ and gsm8k/ (default: VADER's movie reviews, HumanEval's problems)",
+        help="folder of SST-2's files, or with sst2/ and gsm8k/ in it (default: VADER's movies, HumanEval's problems)",
     )
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--steps", type=int, default=10, help="local steps of a client")

@@ -179,7 +179,7 @@ class ResidentModel:
         """(n, labels) for the examples of a batch; `precision` is 'fp32' or 'bf16' (autocast)."""
         if batch.packing is None:
             return self.logits(batch.inputs, precision)
-        with self._precision(precision):
+        with self.autocast(precision):
             return self._packed(packed_logits, batch)
 
     def token_losses(self, batch: Batch, precision: str) -> tuple[Tensor, Tensor]:
@@ -187,7 +187,7 @@ class ResidentModel:
         and whether the likeliest token is the right one.
         """
         targets = batch.labels.to(self.device)
-        with self._precision(precision):
+        with self.autocast(precision):
             if batch.packing is not None:
                 head = self.model.base_model.model.get_output_embeddings()
                 return token_losses(self._packed(packed_states, batch), head, targets)
@@ -199,7 +199,8 @@ class ResidentModel:
             losses = nn.functional.cross_entropy(scores, targets, reduction="none")
             return losses, scores.argmax(-1) == targets
 
-    def _precision(self, precision: str) -> torch.autocast:
+    def autocast(self, precision: str) -> torch.autocast:
+        """The arithmetic of 'fp32' or 'bf16' on the model's device."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def _packed(self, read_by: Callable[..., Tensor], batch: Batch) -> Tensor:
@@ -223,7 +224,7 @@ class ResidentModel:
         layout = padded_layout(inputs["attention_mask"]) if masked else None
         for dropout in self._dropouts:
             dropout.layout = layout
-        with self._precision(precision):
+        with self.autocast(precision):
             out: Tensor = self.model(**moved).logits
         return out
 

@@ -182,3 +182,11 @@ class EvaluationSettings:
     """Score on a fixed subset of this many examples during the run; null: all. The final split is scored whole."""
     batch: int = 64
     """Examples a batch."""
+    answers: Literal["none", "number", "text"] = "none"
+    """After the last round a language model also writes answers to the problems of the final split (or of `split`),
+    and they are compared with the right ones: number, what stands behind "####" as in GSM8K; text, all that is
+    written."""
+    problems: int | None = None
+    """Answer a fixed subset of this many problems; null: all."""
+    tokens: int = 256
+    """Most tokens of an answer."""

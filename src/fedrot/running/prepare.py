@@ -61,6 +61,8 @@ def prepare(recipe: Recipe) -> Prepared:
     model = load_model(recipe.model, recipe.lora, dataset.labels, recipe.seed)
     if recipe.compute.device == "cuda":
         model.to(torch.device("cuda", 0))
+    if recipe.evaluation.answers != "none" and not model.causal:
+        raise RecipeError("evaluation.answers: these examples have labels and no answers to write; set it to none")
     longest = model.longest()
     if longest is not None and recipe.data.max_length > longest:
         raise DataError(f"data.max_length is {recipe.data.max_length}, {recipe.model.path} has {longest} positions")

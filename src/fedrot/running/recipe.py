@@ -164,6 +164,8 @@ def _rules(r: Recipe) -> Iterator[tuple[str, bool, str]]:
     yield "evaluation.every", r.evaluation.every >= 1, "at least 1"
     yield "evaluation.limit", r.evaluation.limit is None or r.evaluation.limit >= 1, "at least 1, or null"
     yield "evaluation.batch", r.evaluation.batch >= 1, "at least 1"
+    yield "evaluation.problems", r.evaluation.problems is None or r.evaluation.problems >= 1, "at least 1, or null"
+    yield "evaluation.tokens", r.evaluation.tokens >= 1, "at least 1"
     yield "checkpoint.keep", r.checkpoint.keep >= 1, "at least 1"
 
 

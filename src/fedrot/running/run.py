@@ -103,6 +103,10 @@ def _finish(folder: RunFolder, recipe: Recipe, engine: Simulation, state: Server
     if recipe.evaluation.final is not None:
         watcher.evaluating(recipe.evaluation.final)
         result["final"] = engine.evaluate(state.broadcast, recipe.evaluation.final).record()
+    if recipe.evaluation.answers != "none":
+        split = recipe.evaluation.final or recipe.evaluation.split
+        watcher.evaluating(split)
+        result["answers"] = engine.answers(state.broadcast, split).record()
     # A change of the base comes back as extra rank, so that the adapter alone is the model.
     extra = () if state.broadcast.base_delta is None else (state.broadcast.base_delta,)
     joined(state.broadcast.adapter, *extra).save(folder.adapter)

@@ -11,6 +11,7 @@ from fedrot.core.methods.base import Broadcast, ClientState, Upload
 from fedrot.learning.evaluation import Evaluation, How, chosen_rows, evaluate
 from fedrot.learning.local import LocalFailure
 from fedrot.learning.models import ResidentModel
+from fedrot.learning.tasks.answers import by_answers
 from fedrot.running.client import ClientData, Round, own_model, play_clients
 from fedrot.running.engine import Failure
 from fedrot.running.prepare import Prepared
@@ -26,6 +27,7 @@ class Simulation:
     def __init__(self, ready: Prepared) -> None:
         recipe, partition = ready.recipe, ready.partition
         self._recipe, self._encoded, self._partition = recipe, ready.encoded, partition
+        self._dataset = ready.dataset
         self._workers = Workers(ready.model, recipe.compute)
         self._states: dict[str, ClientState] = {}
         self._pending: dict[str, ClientState] = {}  # of the round that runs, until its uploads are accepted
@@ -80,11 +82,25 @@ class Simulation:
         settings, data = self._recipe.evaluation, self._encoded[split]
         parts = self._partition.indices[split]
         rows = chosen_rows(len(data), limit, self._recipe.seed, split)
-        adapters = {"": broadcast.adapter}
-        if personal(self._recipe):
-            adapters = {name: self.own_model(broadcast, name) for name in self.clients}
+        adapters = self._adapters(broadcast)
         how = How(settings.batch, self._recipe.local.precision, bool(self._recipe.compute.packing))
         return evaluate(partial(self._map, broadcast), adapters, data, split, parts, rows, how)
+
+    def answers(self, broadcast: Broadcast, split: str) -> Evaluation:
+        """Score what the model writes on fixed problems of the split."""
+        settings, data, rows = self._recipe.evaluation, self._encoded[split], self._dataset.splits[split]
+        adapters = self._adapters(broadcast)
+        chosen = chosen_rows(len(data), settings.problems, self._recipe.seed, split)
+        how = How(settings.batch, self._recipe.local.precision)
+        scored = by_answers(data, rows, settings.answers, settings.tokens, how)
+        spread, parts = partial(self._map, broadcast), self._partition.indices[split]
+        return evaluate(spread, adapters, data, split, parts, chosen, how, scored)
+
+    def _adapters(self, broadcast: Broadcast) -> dict[str, Adapter]:
+        """What is scored: the global adapter, or each client's own."""
+        if not personal(self._recipe):
+            return {"": broadcast.adapter}
+        return {name: self.own_model(broadcast, name) for name in self.clients}
 
     def _map(
         self, broadcast: Broadcast, work: Callable[[ResidentModel, Item], Result], items: Iterable[Item]

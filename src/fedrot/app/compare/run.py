@@ -9,6 +9,7 @@ from fedrot.app.compare.table import cells, default_target, outcome, rows, to_cs
 from fedrot.app.progress import ShownWatcher
 from fedrot.core.errors import RunError
 from fedrot.core.files import write_atomic
+from fedrot.running.folder import RunFolder
 from fedrot.running.run import run
 
 
@@ -65,4 +66,9 @@ def summarise(
     write_atomic(out / "table.csv", to_csv(table).encode())
     write_atomic(out / "table.md", to_markdown(lines).encode())
     report = build_comparison(finished, lines, goal, baseline, failed, out)
-    return Compared(to_markdown(lines), outcomes[0].metric.replace("_", " "), goal, failed, report)
+    return Compared(to_markdown(lines), _rounds_metric(finished[0]), goal, failed, report)
+
+
+def _rounds_metric(one: Planned) -> str:
+    """What the score of a run's rounds is called."""
+    return str(RunFolder(one.folder).read_json("result.json")["evaluation"]["metric"]).replace("_", " ")

@@ -71,7 +71,7 @@ def outcome(one: Planned, target: float) -> Outcome:
     """The numbers of a finished run."""
     folder = RunFolder(one.folder)
     metrics, result = folder.metrics(), folder.read_json("result.json")
-    scores = result.get("final") or result["evaluation"]
+    scores = result.get("answers") or result.get("final") or result["evaluation"]
     falls = result["evaluation"]["metric"] in LOWER_IS_BETTER
 
     def reaches(score: float) -> bool:

@@ -101,7 +101,7 @@ def _score(value: float | None) -> str:
 def _summary(run: RunData) -> dict[str, Any]:
     """A run's row of the table and its details."""
     scored = [record["evaluation"] for record in run.metrics if "evaluation" in record]
-    final = run.result.get("final") or (scored[-1] if scored else None)
+    final = run.result.get("answers") or run.result.get("final") or (scored[-1] if scored else None)
     dropped = [
         (record["round"], client, reason)
         for record in run.metrics

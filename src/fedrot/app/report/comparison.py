@@ -6,7 +6,7 @@ from typing import Any
 
 from fedrot.app.compare.plan import Planned
 from fedrot.app.report.build import draw, page
-from fedrot.app.report.figures import score_name
+from fedrot.app.report.figures import last_in_rounds, score_name
 from fedrot.app.report.load import RunData, load_runs
 from fedrot.core.files import write_atomic
 from fedrot.running.recipe_file import to_yaml
@@ -31,7 +31,7 @@ def build_comparison(
         title=f"{runs[0].recipe.name}: {len(groups)} rows, {len({one.seed for one in planned})} seeds",
         table=table,
         target=target,
-        metric=score_name(runs[0]),
+        metric=score_name(last_in_rounds(runs[0])),
         baseline=baseline,
         failed=dict(failed),
         runs=[str(one.folder.relative_to(out)) for one in planned],

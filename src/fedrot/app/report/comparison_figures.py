@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from fedrot.app.report.figures import COLOURS, by_round, empty_figure, last_scores, score_name
+from fedrot.app.report.figures import COLOURS, by_round, empty_figure, last_in_rounds, last_scores, score_name
 from fedrot.app.report.load import RunData
 from fedrot.learning.scores import main_score
 
@@ -62,7 +62,7 @@ def score(groups: Groups) -> Figure:
     _band(axes[0], groups, lambda r: main_score(r["evaluation"]))
     _band(axes[1], groups, lambda r: r["evaluation"]["loss"])
     split = next(iter(groups.values()))[0].recipe.evaluation.split
-    name = score_name(_first(groups))
+    name = score_name(last_in_rounds(_first(groups)))
     by_round(axes[0], f"{name.capitalize()} on {split}", name)
     by_round(axes[1], f"Loss on {split}", "cross-entropy")
     return _finish(figure, axes)
@@ -76,7 +76,7 @@ def scores(groups: Groups) -> Figure:
         ax.plot(values, [number] * len(values), "o", markersize=5, alpha=0.7, color=style(number)["color"])
         ax.plot([mean(values)] * 2, [number - 0.35, number + 0.35], color="#333333", linewidth=1.5)
     ax.set_yticks(range(len(groups)), list(groups), fontsize=8)
-    name = score_name(_first(groups))
+    name = score_name(last_scores(_first(groups)))
     ax.set_ylim(len(groups) - 0.5, -0.5)
     ax.grid(False)
     ax.grid(True, axis="x", alpha=0.25)
@@ -150,7 +150,7 @@ def sweep(key: str, points: Sequence[tuple[str, str | None, RunData]]) -> Figure
     if not numeric:
         ax.set_xticks(places, order)
     ax.set_xlabel(key)
-    name = score_name(points[0][2])
+    name = score_name(last_scores(points[0][2]))
     ax.set_ylabel(name)
     ax.set_title(f"{name.capitalize()} against {key}", fontsize=11)
     return _finish(figure, [ax])

@@ -71,7 +71,7 @@ def learning(runs: Sequence[RunData]) -> Figure:
         _line(right, run, lambda r: r["evaluation"]["loss"], f"{run.label}, evaluation", color=colour)
         _line(right, run, lambda r: r["train"]["loss"], f"{run.label}, local training", color=colour, linestyle=":")
     split = runs[0].recipe.evaluation.split
-    name = score_name(runs[0])
+    name = score_name(last_in_rounds(runs[0]))
     by_round(left, f"{name.capitalize()} on {split}", name)
     by_round(right, "Loss", "cross-entropy")
     return figure
@@ -160,7 +160,7 @@ def label_shares(counts: Mapping[str, Sequence[int]], labels: Sequence[str]) -> 
 
 def clients(runs: Sequence[RunData]) -> Figure:
     """The last score of every client's part of the split."""
-    runs = [run for run in runs if _last(run)]
+    runs = [run for run in runs if last_in_rounds(run)]
     last = [last_scores(run) for run in runs]
     names = sorted({client for scores in last for client in scores["by_client"]})
     figure, (ax,) = empty_figure(1, height=max(2.0, 0.8 + 0.28 * len(names) * len(runs)))
@@ -172,7 +172,7 @@ def clients(runs: Sequence[RunData]) -> Figure:
     ax.invert_yaxis()
     ax.grid(False)
     ax.grid(True, axis="x", alpha=0.25)
-    name = score_name(runs[0])
+    name = score_name(last[0])
     if name not in LOWER_IS_BETTER:
         ax.set_xlim(0, 1)
     ax.set_title(f"{name.capitalize()} by client on {last[0]['split']}, after the last round", fontsize=11)
@@ -182,15 +182,15 @@ def clients(runs: Sequence[RunData]) -> Figure:
 
 def last_scores(run: RunData) -> dict[str, Any]:
     """The final scores, or those of the last round that was scored."""
-    return run.result.get("final") or _last(run)
+    return run.result.get("answers") or run.result.get("final") or last_in_rounds(run)
 
 
-def score_name(run: RunData) -> str:
+def score_name(scores: Mapping[str, Any]) -> str:
     """What the score that counts is called."""
-    return str(last_scores(run).get("metric", "score")).replace("_", " ")
+    return str(scores.get("metric", "score")).replace("_", " ")
 
 
-def _last(run: RunData) -> dict[str, Any]:
+def last_in_rounds(run: RunData) -> dict[str, Any]:
     return next((r["evaluation"] for r in reversed(run.metrics) if "evaluation" in r), {})
 
 
