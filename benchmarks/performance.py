@@ -1,6 +1,6 @@
 """docs/performance.md and its figure, from the committed figures of `make bench`. Run: make results.
 
-docs/results/performance.json is build/bench.json as a run of `make bench DATA=folder` (with sst2/ and gsm8k/ in it) left it.
+docs/results/performance.json is build/bench.json as `make bench DATA=folder`, with sst2/ and gsm8k/ in it, left it.
 """
 
 import json

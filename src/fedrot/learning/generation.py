@@ -1,10 +1,12 @@
 """Writing on: many prompts at once, padded on the left, the likeliest token each time, with the key-value cache."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedrot.learning.models import ResidentModel
 
@@ -17,8 +19,8 @@ def write_on(
     precision: str = "fp32",
     stop: Sequence[str] = (),
 ) -> list[str]:
-    """What the model writes after each prompt, in their order: up to the end of the text, `tokens` more tokens, or one of
-    the strings `stop`, which is left out. A prompt that leaves too little of the model's context loses its beginning.
+    """What the model writes after each prompt, in their order: up to the end of the text, `tokens` more tokens, or one
+    of the strings `stop`, which is left out. A prompt that leaves too little of the context loses its beginning.
     """
     written = [""] * len(prompts)
     longest = model.longest()
@@ -35,7 +37,7 @@ def write_on(
 def _batch(
     model: ResidentModel, prompts: Sequence[NDArray[np.int32]], tokens: int, precision: str, stop: Sequence[str]
 ) -> list[str]:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, StoppingCriteriaList
 
     tokenizer = model.tokenizer
     width = max(map(len, prompts))
@@ -49,16 +51,30 @@ def _batch(
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        stop_strings=list(stop) or None,
     )
     with torch.no_grad(), model.autocast(precision):
         found = model.model.generate(
             input_ids=torch.from_numpy(ids).to(model.device),
             attention_mask=torch.from_numpy(mask).to(model.device),
             generation_config=greedy,
-            tokenizer=tokenizer if stop else None,
+            stopping_criteria=StoppingCriteriaList([_stopped_by(tokenizer, stop, width)] if stop else []),
         )
     return [_before(tokenizer.decode(row, skip_special_tokens=True), stop) for row in found[:, width:].cpu()]
+
+
+def _stopped_by(tokenizer: Any, stop: Sequence[str], width: int) -> Any:
+    """A criterion of transformers: rows in whose last tokens, behind the prompt's `width`, one of the strings is."""
+    from transformers import StoppingCriteria
+
+    tail = max(map(len, stop)) + 2  # a token is at least one character, or joins two
+
+    class Stopped(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+            texts = tokenizer.batch_decode(input_ids[:, max(width, input_ids.shape[1] - tail) :])
+            found = [any(word in text for word in stop) for text in texts]
+            return torch.tensor(found, device=input_ids.device)
+
+    return Stopped()
 
 
 def _before(text: str, stop: Sequence[str]) -> str:

@@ -84,6 +84,9 @@ class DataSettings:
     holdout: float = 0.1
     """Share of the training examples that is held out as the validation split where there is no validation file, and of
     every GLUE task; the choice depends on the text alone, so equal texts stay on one side."""
+    generated: int | None = None
+    """Where data.path is null: so many made-up training examples of the task's form (sources glue and gsm8k), to try a
+    recipe without its data; said in the log. Null: the hub."""
     limit: int | None = None
     """At most this many training examples, drawn with the recipe's seed; null: all."""
     max_length: int = 128
@@ -187,6 +190,6 @@ class EvaluationSettings:
     and they are compared with the right ones: number, what stands behind "####" as in GSM8K; text, all that is
     written."""
     problems: int | None = None
-    """Answer a fixed subset of this many problems; null: all."""
+    """Answer a fixed subset of this many problems, and score the final split on the same; null: all."""
     tokens: int = 256
     """Most tokens of an answer."""

@@ -136,6 +136,7 @@ def _rules(r: Recipe) -> Iterator[tuple[str, bool, str]]:
     yield "lora.alpha", r.lora.alpha is None or 0 < r.lora.alpha < inf, "positive, or null"
     yield "lora.dropout", 0 <= r.lora.dropout < 1, "in [0, 1)"
     yield "data.holdout", 0 < r.data.holdout < 1, "between 0 and 1"
+    yield "data.generated", r.data.generated is None or r.data.generated >= 40, "at least 40, or null"
     yield "data.limit", r.data.limit is None or r.data.limit >= 1, "at least 1, or null"
     yield "data.max_length", r.data.max_length >= 4, "at least 4"
     yield "partition.clients", r.partition.clients is None or r.partition.clients >= 1, "at least 1, or null"
@@ -181,6 +182,8 @@ def _cross_checks(r: Recipe) -> None:
         raise RecipeError("data.name: give the GLUE task (source glue): sst2, qnli, qqp, rte or mnli")
     if r.data.source == "files" and r.data.train is None:
         raise RecipeError("data.train: give the file of training examples (source files)")
+    if r.data.generated is not None and r.data.source not in ("glue", "gsm8k"):
+        raise RecipeError(f"data.generated: there are no made-up examples for data.source {r.data.source}")
     if r.data.response and r.data.messages:
         raise RecipeError("data: give data.response or data.messages, not both")
     if r.data.source != "files" and (r.data.response or r.data.messages):

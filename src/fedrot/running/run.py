@@ -102,7 +102,9 @@ def _finish(folder: RunFolder, recipe: Recipe, engine: Simulation, state: Server
     result["evaluation"] = scored[-1]
     if recipe.evaluation.final is not None:
         watcher.evaluating(recipe.evaluation.final)
-        result["final"] = engine.evaluate(state.broadcast, recipe.evaluation.final).record()
+        # Where problems are answered, the loss is that of the same problems.
+        limit = recipe.evaluation.problems if recipe.evaluation.answers != "none" else None
+        result["final"] = engine.evaluate(state.broadcast, recipe.evaluation.final, limit).record()
     if recipe.evaluation.answers != "none":
         split = recipe.evaluation.final or recipe.evaluation.split
         watcher.evaluating(split)

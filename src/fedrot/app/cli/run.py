@@ -69,10 +69,9 @@ def main(words: Sequence[str]) -> int:
     name = scores["metric"].replace("_", " ")
     print(f"{scores['split']} {name} {scores[scores['metric']]:.4f}  ({scores['examples']} examples)")
     if answers := result.get("answers"):
-        print(
-            f"{answers['split']} exact match {answers['exact_match']:.4f} [{answers['low']:.4f}, {answers['high']:.4f}]  "
-            f"({answers['examples']} problems, {answers['unparsed']:.1%} without an answer)"
-        )
+        interval = f"[{answers['low']:.4f}, {answers['high']:.4f}]"
+        problems = f"{answers['examples']} problems, {answers['unparsed']:.1%} without an answer"
+        print(f"{answers['split']} exact match {answers['exact_match']:.4f} {interval}  ({problems})")
     print(f"adapter  {folder.adapter}")
     print(f"report   {report}")
     return 0

@@ -8,7 +8,7 @@ from fedrot.core.errors import DataError
 from fedrot.core.seeding import generator
 from fedrot.learning.data import Dataset
 from fedrot.learning.settings import DataSettings
-from fedrot.learning.sources import conversations, files, glue, gsm8k, vader
+from fedrot.learning.sources import conversations, files, generated, glue, gsm8k, vader
 
 _SOURCES = {"files": files.read, "glue": glue.read, "vader": vader.read, "gsm8k": gsm8k.read}
 
@@ -19,7 +19,9 @@ def read_dataset(settings: DataSettings, seed: int) -> Dataset:
     Raises `DataError` naming the file, line or column that cannot be used.
     """
     written = settings.source == "files" and (settings.response or settings.messages)
-    dataset = conversations.read(settings) if written else _SOURCES[settings.source](settings)
+    made_up = settings.generated is not None and settings.path is None
+    reader = conversations.read if written else generated.read if made_up else _SOURCES[settings.source]
+    dataset = reader(settings)
     for name, rows in dataset.splits.items():
         if not len(rows):
             raise DataError(f"the split {name!r} holds no examples")

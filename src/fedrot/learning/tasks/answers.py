@@ -32,7 +32,7 @@ def answer_of(text: str, kind: str) -> str | None:
     found = _NUMBER.search(text)
     if found is None:
         return None
-    return str((Decimal(found[1] + found[2].replace(",", "")) + 0).normalize())
+    return format((Decimal(found[1] + found[2].replace(",", "")) + 0).normalize(), "f")
 
 
 def by_answers(data: Encoded, rows: Rows, kind: str, tokens: int, how: How) -> Scored:

@@ -1,0 +1,218 @@
+"""Methods on TREC-6, SST-2 and RTE: rates searched alike on one seed, then more seeds with what was chosen.
+
+Run: make study DATA=folder (with sst2/, rte/ and trec/ in it). Every run that has finished is a line of
+docs/results/study.csv and is not run again, so that the study can be stopped and goes on where it was.
+"""
+
+import argparse
+import csv
+import fcntl
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from fedrot.core.errors import RunError
+from fedrot.running.folder import RunFolder
+from fedrot.running.recipe_file import parse_recipe
+from fedrot.running.run import run
+from recorded import trec_tables
+from table import Quiet
+
+CSV = Path(__file__).parents[1] / "docs" / "results" / "study.csv"
+KEYS = ("setting", "method", "strength", "lr", "seed")
+COLUMNS = (*KEYS, "validation", "test", "worst", "before", "sent", "floor", "cpu_seconds")
+
+# Every method's grid; FedRot's strength is searched too, at the rate that was best with the first one.
+RATES = (7e-4, 2e-3, 6e-3)
+STRENGTHS = (0.4, 0.2, 0.7, 1.0)
+METHODS = ("fedit", "ffa", "rolora", "flexlora", "flexlora_regauge", "fedrot_svd", "fedrot", "fedrot auto")
+
+_EVEN = {"kind": "dirichlet", "clients": 10, "concentration": 0.5}
+_DRIFT = {"kind": "dirichlet", "clients": 20, "concentration": 0.1}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "trec": {"rounds": 8, "partition": _EVEN, "local": {"batch": 16, "steps": 6}},
+    "trec-drift": {"rounds": 4, "partition": _DRIFT, "local": {"batch": 8, "steps": 25}},
+    "sst2": {"rounds": 8, "partition": _EVEN, "local": {"batch": 16, "steps": 6}},
+    "sst2-drift": {"rounds": 4, "partition": _DRIFT, "local": {"batch": 8, "steps": 25}},
+    "rte": {"rounds": 6, "partition": _EVEN, "local": {"batch": 8, "steps": 5}},
+    "rte-drift": {"rounds": 3, "partition": _DRIFT, "local": {"batch": 4, "steps": 20}},
+}
+SEEDS = {name: 5 if name in ("trec", "trec-drift") else 3 for name in SETTINGS}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of the study."""
+
+    setting: str
+    method: str
+    strength: str  # '' for methods without one
+    lr: float
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What its line in the file begins with."""
+        return (self.setting, self.method, self.strength, f"{self.lr:g}", str(self.seed))
+
+
+def recipe_values(task: Task, data: Path) -> dict[str, Any]:
+    """The run's recipe; `data` holds sst2/, rte/ and trec/ (as tables)."""
+    setting, name = SETTINGS[task.setting], task.setting.removesuffix("-drift")
+    method: dict[str, Any] = {"name": task.method.split()[0]}
+    if task.strength:
+        method |= {"strength": task.strength if task.strength == "auto" else float(task.strength)}
+    files: dict[str, Any] = {"source": "glue", "name": name, "path": str(data / name), "max_length": 128}
+    if name == "trec":
+        files = {"source": "files", "path": str(data / name), "train": "train.csv", "test": "test.csv"}
+    if name == "sst2":
+        files["limit"] = 8000
+    return {
+        "name": "-".join(task.key).replace("/", "_"),
+        "seed": task.seed,
+        "rounds": setting["rounds"],
+        "model": {"path": "fetch:minilm"},
+        "lora": {"rank": 4},
+        "data": files,
+        "partition": setting["partition"],
+        "federation": {"participation": 1.0 if setting["partition"] is _EVEN else 0.5},
+        "local": {"optimizer": "adamw", "lr": task.lr, **setting["local"]},
+        "compute": {"workers": 1, "threads": 1},
+        "method": method,
+        "evaluation": {"every": 4, "limit": 500, "final": "test"},
+    }
+
+
+def done_before() -> dict[tuple[str, ...], dict[str, str]]:
+    """The lines of the file, by key."""
+    if not CSV.exists():
+        return {}
+    with CSV.open(newline="") as file:
+        return {tuple(row[key] for key in KEYS): row for row in csv.DictReader(file)}
+
+
+def play(task: Task, data: Path) -> dict[str, str]:
+    """Run it; the line of the file."""
+    began = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            made = run(parse_recipe(recipe_values(task, data)), Path(folder) / "run", Quiet())
+            found = _numbers(made)
+        except RunError:  # diverged: no usable uploads
+            found = dict.fromkeys(COLUMNS[5:-1], "nan")
+    return dict(zip(KEYS, task.key, strict=True)) | found | {"cpu_seconds": f"{time.process_time() - began:.1f}"}
+
+
+def _numbers(folder: RunFolder) -> dict[str, str]:
+    result, metrics = folder.read_json("result.json"), folder.metrics()
+
+    def late(key: str) -> str:
+        values = [record["aggregation"][key] for record in metrics if key in record.get("aggregation", {})]
+        return f"{mean(values[len(values) // 2 :]):.6g}" if values else "nan"
+
+    scores = {"validation": result["evaluation"]["accuracy"], "test": result["final"]["accuracy"]}
+    errors = {key: late(f"{key}_relative") for key in ("before", "sent", "floor")}
+    return {k: f"{v:.6g}" for k, v in (scores | {"worst": result["final"]["worst"]}).items()} | errors
+
+
+def best(rows: Mapping[tuple[str, ...], Mapping[str, str]], tasks: Sequence[Task]) -> Task | None:
+    """The task with the best validation accuracy, the smaller rate where equal; None until all have run."""
+    if not all(task.key in rows for task in tasks):
+        return None
+    return max(tasks, key=lambda task: (_score(rows[task.key]), -task.lr))
+
+
+def _score(row: Mapping[str, str]) -> float:
+    value = float(row["validation"])
+    return value if value == value else -1.0
+
+
+def search(setting: str, method: str, rows: Mapping[tuple[str, ...], Mapping[str, str]]) -> list[Task]:
+    """The runs of the search that are known so far: the grid of rates, then, for fedrot, of strengths."""
+    first = {"fedrot": f"{STRENGTHS[0]:g}", "fedrot auto": "auto"}.get(method, "")
+    tasks = [Task(setting, method, first, lr, 0) for lr in RATES]
+    chosen = best(rows, tasks)
+    if method == "fedrot" and chosen is not None:
+        tasks += [Task(setting, method, f"{strength:g}", chosen.lr, 0) for strength in STRENGTHS[1:]]
+    return tasks
+
+
+def plan(rows: Mapping[tuple[str, ...], Mapping[str, str]]) -> Iterator[Task]:
+    """All runs that are known so far: every search, then the other seeds of what was chosen."""
+    for setting, method in itertools.product(SETTINGS, METHODS):
+        yield from search(setting, method, rows)
+    for seed in range(1, max(SEEDS.values())):
+        for setting, method in itertools.product(SETTINGS, METHODS):
+            chosen = best(rows, search(setting, method, rows))
+            if chosen is not None and seed < SEEDS[setting]:
+                yield Task(setting, method, chosen.strength, chosen.lr, seed)
+
+
+def main() -> None:
+    """Run what is left; several processes may share the work."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with sst2/, rte/ and trec/")
+    parser.add_argument("--minutes", type=float, default=720.0, help="begin no run after this long")
+    call = parser.parse_args()
+    until = time.monotonic() + 60 * call.minutes
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder)
+        for name in ("sst2", "rte"):
+            (data / name).symlink_to((call.data / name).absolute())
+        (data / "trec").mkdir()
+        trec_tables(call.data / "trec", data / "trec")
+        while time.monotonic() < until:
+            task = _take()
+            if task is None:
+                return
+            line = play(task, data)
+            print(", ".join(f"{k} {v}" for k, v in line.items()), flush=True)
+            _write(line)
+
+
+# Runs that a process of this study is working on, beside the file, so that no two do the same.
+_CLAIMS: dict[tuple[str, ...], int] = {}
+
+
+def _take() -> Task | None:
+    """The next run that nobody works on, claimed for this process; None when all are done or taken."""
+    claims = Path(tempfile.gettempdir()) / f"fedrot-study-{os.getuid()}"
+    claims.mkdir(exist_ok=True)
+    rows = done_before()
+    for task in plan(rows):
+        name = claims / "_".join(task.key)
+        if task.key in rows:
+            continue
+        handle = os.open(name, os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            continue
+        if task.key in done_before():
+            os.close(handle)
+            continue
+        _CLAIMS[task.key] = handle  # held until this process ends
+        return task
+    return None
+
+
+def _write(line: Mapping[str, str]) -> None:
+    """Append the line, with the header where the file is new."""
+    CSV.parent.mkdir(parents=True, exist_ok=True)
+    with CSV.open("a", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Writing on and answering: greedy decoding in padded batches, answers taken out of texts, exact match."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from learning_helpers import quick, resident, shaken
+from model_folders import SIZES, write_model
+
+from fedrot.learning.data import ASSISTANT, conversations
+from fedrot.learning.evaluation import How
+from fedrot.learning.generation import write_on
+from fedrot.learning.models import ResidentModel
+from fedrot.learning.tasks.answers import answer_of, by_answers, prompt_of, score
+from fedrot.learning.tasks.generation import encode
+
+TOKENS = 8
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def model(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> ResidentModel:
+    folder = tmp_path_factory.mktemp(request.param)
+    wide = {"initializer_range": 0.5}  # so that different prompts are followed by different words
+    made: ResidentModel = resident(
+        write_model(folder, request.param, tiny_model, causal=True, **SIZES[request.param], **wide), labels=()
+    )
+    made.write(shaken(made.read(), size=0.3))
+    return made
+
+
+def by_hand(model: ResidentModel, prompt: list[int], tokens: int) -> list[int]:
+    """Greedy decoding one token at a time, alone and without a cache."""
+    ids = list(prompt)
+    for _ in range(tokens):
+        with torch.no_grad():
+            following = int(model.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+        if following == model.tokenizer.eos_token_id:
+            break
+        ids.append(following)
+    return ids[len(prompt) :]
+
+
+PROMPTS = ["the film was", "good", "a very dull book of the day is bad", "the plot", "warm"]
+
+
+def test_prompts_of_any_length_are_continued_as_each_would_be_alone(model: ResidentModel) -> None:
+    ids = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS]
+    wanted = [model.tokenizer.decode(by_hand(model, one, TOKENS), skip_special_tokens=True) for one in ids]
+    assert len(set(wanted)) > 2
+    for batch in (1, 2, 5):
+        found = write_on(model, [np.array(one, dtype=np.int32) for one in ids], TOKENS, batch)
+        assert found == wanted
+
+
+def test_a_string_to_stop_at_ends_the_text_and_is_left_out(model: ResidentModel) -> None:
+    ids = [np.array(model.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32) for text in PROMPTS]
+    free = write_on(model, ids, TOKENS, 5)
+    word = next(text.split()[1] for text in free if len(text.split()) > 1)
+    found = write_on(model, ids, TOKENS, 5, stop=[word])
+    assert found == [text[: text.index(word)] if word in text else text for text in free]
+
+
+def test_a_prompt_that_fills_the_context_loses_its_beginning(model: ResidentModel) -> None:
+    longest = model.longest()
+    assert longest is not None
+    ids = model.tokenizer(" ".join(["good bad film"] * 40), add_special_tokens=False)["input_ids"]
+    assert len(ids) > longest
+    (found,) = write_on(model, [np.array(ids, dtype=np.int32)], TOKENS, 1)
+    kept = ids[-(longest - TOKENS) :]
+    assert found == model.tokenizer.decode(by_hand(model, kept, TOKENS), skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("so it is 3.\n#### 18", "18"),
+        ("#### 1,200", "1200"),
+        ("####-3", "-3"),
+        ("#### $5.50", "5.5"),
+        ("#### 5.0 apples", "5"),
+        ("#### .5", "0.5"),
+        ("#### -0", "0"),
+        ("#### 100", "100"),
+        ("18", None),
+        ("#### eighteen", None),
+        ("", None),
+        ("#### 4 #### 5", "4"),
+    ],
+)
+def test_the_answer_stands_behind_the_mark(text: str, answer: str | None) -> None:
+    assert answer_of(text, "number") == answer
+
+
+@quick
+@given(st.integers(-(10**9), 10**9))
+def test_a_number_is_the_same_however_it_is_written(number: int) -> None:
+    forms = {answer_of(f"#### {form}", "number") for form in (f"{number}", f"{number:,}", f"{number}.00", f"${number}")}
+    assert len(forms) == 1
+
+
+def test_exact_match_counts_right_answers_and_missing_ones_apart() -> None:
+    found = score(torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0]]))
+    assert found["exact_match"] == 0.5
+    assert found["unparsed"] == 0.25
+    assert 0.1 < found["low"] < 0.2  # Wilson's interval of 2 of 4: .150 to .850
+    assert found["low"] == pytest.approx(0.1500, abs=1e-3)
+    assert found["high"] == pytest.approx(0.8500, abs=1e-3)
+
+
+def test_what_the_model_writes_is_compared_with_the_response(model: ResidentModel) -> None:
+    """References are what the model itself writes, but for one."""
+    ids = [np.array(model.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32) for text in PROMPTS]
+    own = [text or "good" for text in write_on(model, ids, TOKENS, 5)]
+    answers = [*own[:-1], "something else"]
+    rows = conversations([(("user", p), (ASSISTANT, a)) for p, a in zip(PROMPTS, answers, strict=True)])
+    data = encode(model.tokenizer, rows, 64)
+    assert all(prompt_of(data, i).tolist() == one.tolist() for i, one in enumerate(ids))
+    scored = by_answers(data, rows, "text", TOKENS, How(3))
+    found = scored.measure(model, model.read(), np.arange(5))
+    written = [bool(text.strip()) for text in write_on(model, ids, TOKENS, 5)]
+    assert found[:, 0].tolist() == [float(w) for w in written[:-1]] + [0.0]
+    assert found[:, 1].tolist() == [float(w) for w in written]
+    assert scored.metric == "exact_match"
