@@ -21,8 +21,8 @@ DATA ?=
 demo: $(RUN)
 	$(BIN)/fedrot data fetch minilm vader
 	rm -rf $(DEMO_OUT)
-	$(BIN)/fedrot run recipes/vader.yaml --out $(DEMO_OUT)/fedit --method.name fedit $(DEMO_FLAGS)
-	$(BIN)/fedrot run recipes/vader.yaml --out $(DEMO_OUT)/fedrot $(DEMO_FLAGS)
+	$(BIN)/fedrot run vader --out $(DEMO_OUT)/fedit --method.name fedit $(DEMO_FLAGS)
+	$(BIN)/fedrot run vader --out $(DEMO_OUT)/fedrot $(DEMO_FLAGS)
 	@echo "both side by side:"
 	@$(BIN)/fedrot report $(DEMO_OUT)/fedit $(DEMO_OUT)/fedrot --out $(DEMO_OUT)
 

@@ -1,37 +1,111 @@
-"""Every recipe in recipes/ reads, and runs at reduced size."""
+"""Every recipe that comes with fedrot reads, whole and small, and runs for a round at reduced size."""
 
 from pathlib import Path
 
 import pytest
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
-SMALL = ["--rounds", "2", "--local.steps", "1", "--local.batch", "4", "--evaluation.limit", "40", "--data.limit", "200"]
+from fedrot.core.errors import RecipeError
+from fedrot.running.recipe_file import read_recipe
+from fedrot.running.recipe_library import FOLDER, find, recipes
+
+NAMES = sorted(recipes())
+TINY = [
+    "--rounds",
+    "1",
+    "--local.steps",
+    "1",
+    "--local.batch",
+    "4",
+    "--evaluation.limit",
+    "20",
+]
+SHORT = ["--evaluation.problems", "2", "--evaluation.tokens", "8", "--evaluation.final", "null"]
+PAPER = {f"paper/table1-{task}-{n}" for task in ("sst2", "qnli", "qqp", "rte", "mnli") for n in (3, 10, 50)}
 
 
-def test_there_are_recipes() -> None:
-    assert RECIPES
+def test_the_paper_s_settings_are_there() -> None:
+    assert set(NAMES) >= PAPER | {"vader", "gsm8k", "paper/generation-gsm8k", "paper/ranks-mnli"}
+    assert all(recipes().values()), "each begins with a comment that says what it is"
+    for name in PAPER:
+        recipe = read_recipe(Path(name))
+        task, clients = name.removeprefix("paper/table1-").split("-")
+        assert (recipe.data.name, recipe.partition.clients, recipe.name) == (task, int(clients), Path(name).name)
+        assert (recipe.lora.rank, recipe.lora.scale(4), recipe.local.batch, recipe.local.steps) == (4, 2.0, 128, 20)
+        assert (recipe.rounds, recipe.partition.concentration) == (250, 0.5)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_runs_at_reduced_size(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_runs_for_a_round_at_reduced_size(name: str, tmp_path: Path) -> None:
     from fedrot.app.cli.main import main
     from fedrot.learning.fetch import fetch
     from fedrot.running.folder import RunFolder
-    from fedrot.running.recipe_file import read_recipe
 
-    recipe = read_recipe(path)
+    small = ["--small"] if "small:" in _text(find(Path(name))) else []
+    recipe = read_recipe(Path(name), small=bool(small))
     if recipe.data.source == "vader":
         fetch("vader")
-    if recipe.model.path.startswith("fetch:"):
-        fetch(recipe.model.path.removeprefix("fetch:"))
-    made_up = ["--data.generated", "400"] if recipe.data.source in ("glue", "gsm8k") else []
-    answers = ["--evaluation.problems", "2", "--evaluation.tokens", "8"]
-    flags = [*SMALL, *made_up, *answers, "--evaluation.final", "null"]
-    assert main(["run", str(path), "--out", str(tmp_path / "run"), *flags]) == 0
+    assert recipe.model.path.startswith("fetch:")
+    fetch(recipe.model.path.removeprefix("fetch:"))
+    made_up = ["--data.generated", "1000"] if recipe.data.source in ("glue", "gsm8k") else []
+    assert main(["run", name, *small, "--out", str(tmp_path / "run"), *TINY, *SHORT, *made_up]) == 0
     folder = RunFolder(tmp_path / "run")
-    assert len(folder.metrics()) == 2
+    assert len(folder.metrics()) == 1
     assert (folder.path / "report.html").stat().st_size > 100_000
     result = folder.read_json("result.json")
-    assert 20 <= result["evaluation"]["examples"] <= 40
-    if recipe.evaluation.answers != "none":
-        assert result["answers"]["examples"] == 2
+    assert result["evaluation"]["examples"] == 20
+    assert ("answers" in result) == (recipe.evaluation.answers != "none")
+
+
+def _text(path: Path) -> str:
+    """A recipe with all that it extends."""
+    text = path.read_text()
+    others = [line.removeprefix("extends:").strip() for line in text.splitlines() if line.startswith("extends:")]
+    return text + "".join(_text(path.parent / other) for other in others)
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+BASE = "data: {train: x.csv}\npartition: {clients: 2}\nlocal: {steps: 1, lr: 0.1}\nlora: {targets: [a, b]}\n"
+
+
+def test_a_recipe_extends_another_section_by_section(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", BASE + "small: {rounds: 2, local: {lr: 0.5}}\n")
+    path = write(tmp_path, "mine.yaml", "extends: base.yaml\nname: mine\nlocal: {steps: 7}\nlora: {targets: [c]}\n")
+    found = read_recipe(path)
+    assert (found.local.steps, found.local.lr, found.lora.targets, found.rounds) == (7, 0.1, ["c"], 10)
+    small = read_recipe(path, small=True)
+    assert (small.name, small.rounds, small.local.lr, small.local.steps) == ("mine-small", 2, 0.5, 7)
+    assert read_recipe(path, ["--rounds", "3"], small=True).rounds == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: nowhere.yaml", "nowhere.yaml: no such recipe file"),
+        ("extends: mine.yaml", "extends this file in turn"),
+        ("extends: base.yaml", "--small"),
+    ],
+)
+def test_what_cannot_be_composed_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    write(tmp_path, "base.yaml", BASE)
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(write(tmp_path, "mine.yaml", text), small=True)
+
+
+def test_a_name_that_is_nearly_right_is_told_the_right_one() -> None:
+    with pytest.raises(RecipeError, match=r"did you mean .*paper/table1-mnli-10"):
+        read_recipe(Path("paper/table1-mnli-1O"))
+
+
+def test_recipes_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    from fedrot.app.cli.main import main
+
+    assert main(["recipes"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out.splitlines() for name in NAMES)
+    assert str(FOLDER) in out
+    assert "_glue" not in out

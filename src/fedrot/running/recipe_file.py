@@ -16,6 +16,7 @@ from fedrot.core.errors import RecipeError, choices
 from fedrot.core.methods import Method, get_method, methods
 from fedrot.core.methods.rotation import FedRot
 from fedrot.running.recipe import SECTIONS, Recipe, flatten
+from fedrot.running.recipe_library import composed, find, reduced
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -31,8 +32,27 @@ def recipe_parser(method: type[Method], **options: Any) -> ArgumentParser:
     return parser
 
 
-def read_recipe(path: Path, flags: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, flags winning over the file. Raises `RecipeError` naming the file and the key."""
+def read_recipe(path: Path, flags: Sequence[str] = (), small: bool = False) -> Recipe:
+    """Read a recipe file, or one that comes with fedrot by its name; flags win over the file, and over the changes of a
+    reduced run that `small` asks for. Raises `RecipeError` naming the file and the key.
+    """
+    path = find(path)
+    return parse_recipe(reduced(_values(path), small, str(path)), flags, source=str(path))
+
+
+def _values(path: Path, below: tuple[Path, ...] = ()) -> Mapping[str, Any]:
+    """What a file says, put on top of what the file that it extends says."""
+    values = _read(path)
+    if "extends" not in values:
+        return values
+    other = path.parent / str(values["extends"])
+    if other in (*below, path):
+        raise RecipeError(f"{path}: extends: {other.name} extends this file in turn")
+    mine = {key: value for key, value in values.items() if key != "extends"}
+    return composed(_values(other, (*below, path)), mine)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -53,7 +73,7 @@ def read_recipe(path: Path, flags: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: the file is empty; a recipe needs model, data and local at least")
     if not isinstance(values, Mapping):
         raise RecipeError(f"{path}: holds a {type(values).__name__}, not keys and values")
-    return parse_recipe(values, flags, source=str(path))
+    return values
 
 
 def parse_recipe(values: Mapping[str, Any], flags: Sequence[str] = (), source: str = "recipe") -> Recipe:

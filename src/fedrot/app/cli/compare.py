@@ -1,4 +1,4 @@
-"""`fedrot compare RECIPE.yaml --methods fedit,fedrot --seeds 0,1,2 [--sweep method.strength=0,.4,1]`."""
+"""`fedrot compare RECIPE --methods fedit,fedrot --seeds 0,1,2 [--sweep method.strength=0,.4,1]`."""
 
 import sys
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ have finished are kept, one that was interrupted goes on. Keys of the recipe can
 def main(words: Sequence[str]) -> int:
     """Run what is not there yet; print the table."""
     parser = CommandParser(prog="fedrot compare", description=DESCRIPTION)
-    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE")
     parser.add_argument(
         "--methods", default="fedit,fedrot", help="names with commas between; settings by colons: fedrot:strength=1"
     )
@@ -27,6 +27,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--target", type=float, help="score for 'rounds to target' (default: the baseline's, when last scored)"
     )
+    parser.add_argument("--small", action="store_true", help="the reduced run that the recipe describes under small:")
     parser.add_argument("--out", type=Path, help="folder of the comparison (default: runs/NAME-compared)")
     call, flags = parser.parse_known_args(list(words))
     from fedrot.app.compare.plan import plan, read_seeds, read_variants
@@ -39,7 +40,7 @@ def main(words: Sequence[str]) -> int:
     if baseline not in names:
         raise FedrotError(f"--baseline: there is no method {baseline!r} here; choose {choices(names)}")
     seeds = read_seeds(call.seeds)
-    planned = plan(call.recipe, flags, variants, seeds, call.out)
+    planned = plan(call.recipe, flags, variants, seeds, call.out, call.small)
     out = planned[0].folder.parents[1]
     failed = run_all(planned, lambda text: print(text, file=sys.stderr, flush=True), make_watcher)
     found = summarise(planned, baseline, call.target, failed, out)

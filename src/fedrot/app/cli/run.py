@@ -1,4 +1,4 @@
-"""`fedrot run RECIPE.yaml [--out DIR] [--resume] [--rounds 5 --method.name fedit ...]`."""
+"""`fedrot run RECIPE [--out DIR] [--resume] [--rounds 5 --method.name fedit ...]`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ from fedrot.app.cli.parser import CommandParser
 from fedrot.core.errors import FedrotError
 
 DESCRIPTION = """\
-Run a federated fine-tuning recipe. Every key of the recipe is an option too: --local.lr 0.01 wins over the file.
+Run a federated fine-tuning recipe: a file, or one that comes with fedrot (see fedrot recipes). Every key of the recipe
+is an option too: --local.lr 0.01 wins over the file.
 Settings of the method are shown for fedrot; --method.name NAME --help shows those of another."""
 
 
@@ -19,18 +20,20 @@ class Call:
     recipe: Path
     out: Path | None
     resume: bool
+    small: bool
     flags: list[str]  # recipe keys
 
 
 def read_call(words: Sequence[str]) -> Call:
     """Split the command's own options from the recipe's keys."""
     if not words or words[0].startswith("-"):
-        raise FedrotError("give the recipe first: fedrot run RECIPE.yaml [options] (see fedrot run --help)")
+        raise FedrotError("give the recipe first: fedrot run RECIPE [options] (see fedrot recipes, fedrot run --help)")
     parser = CommandParser(prog="fedrot run", add_help=False)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--small", action="store_true")
     own, flags = parser.parse_known_args(list(words[1:]))
-    return Call(Path(words[0]), own.out, own.resume, flags)
+    return Call(Path(words[0]), own.out, own.resume, own.small, flags)
 
 
 def show_help(words: Sequence[str]) -> None:
@@ -41,10 +44,11 @@ def show_help(words: Sequence[str]) -> None:
 
     named = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--method.name"]
     parser = recipe_parser(get_method(named[-1] if named else FedRot.name), prog="fedrot run", description=DESCRIPTION)
-    parser.usage = "fedrot run RECIPE.yaml [--out DIR] [--resume] [--KEY VALUE ...]"
+    parser.usage = "fedrot run RECIPE [--out DIR] [--resume] [--small] [--KEY VALUE ...]"
     own = parser.add_argument_group("the command's own options")
     own.add_argument("--out", help="the run folder (default: runs/NAME)")
     own.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    own.add_argument("--small", action="store_true", help="the reduced run that the recipe describes under small:")
     parser.print_help()
 
 
@@ -59,7 +63,7 @@ def main(words: Sequence[str]) -> int:
     from fedrot.running.recipe_file import read_recipe
     from fedrot.running.run import run
 
-    recipe = read_recipe(call.recipe, call.flags)
+    recipe = read_recipe(call.recipe, call.flags, call.small)
     out = call.out or Path("runs") / recipe.name
     with make_watcher() as watcher:
         folder = run(recipe, out, watcher, resume=call.resume)

@@ -111,7 +111,12 @@ def read_seeds(text: str) -> list[int]:
 
 
 def plan(
-    path: Path, flags: Sequence[str], variants: Sequence[Variant], seeds: Sequence[int], out: Path | None
+    path: Path,
+    flags: Sequence[str],
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+    out: Path | None,
+    small: bool = False,
 ) -> list[Planned]:
     """Every run, seed by seed, so that what is there after a while can be compared; in runs/NAME-compared if not `out`.
 
@@ -121,7 +126,7 @@ def plan(
     planned: list[Planned] = []
     for seed in seeds:
         for variant in variants:
-            recipe = read_recipe(path, [*flags, *variant.flags, f"--seed={seed}"])
+            recipe = read_recipe(path, [*flags, *variant.flags, f"--seed={seed}"], small)
             root = out or Path("runs") / f"{recipe.name}-compared"
             planned.append(Planned(variant, seed, recipe, root / variant.folder / f"seed-{seed}"))
     for one in planned:
