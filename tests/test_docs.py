@@ -93,3 +93,10 @@ def test_the_replay_runs_at_reduced_size(tmp_path: Path) -> None:
     assert ratio["fedex"] < 1e-4
     assert ratio["fedrot_svd"] == pytest.approx(ratio["floor"], abs=1e-5)
     assert ratio["floor"] <= ratio["best rotation"] <= ratio["consensus"] + 1e-9
+
+
+def test_the_paper_s_page_names_every_recipe_of_it_and_no_other() -> None:
+    from fedrot.running.recipe_library import recipes
+
+    named = set(re.findall(r"`(paper/[\w-]+)`", (ROOT / "docs" / "paper.md").read_text()))
+    assert named == {name for name in recipes() if name.startswith("paper/")}

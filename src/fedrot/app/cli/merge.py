@@ -32,11 +32,19 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--compare", action="store_true", help="print the error of every method that fits; write nothing"
     )
+    parser.add_argument(
+        "--into-base", action="store_true", help="write the base model with the one adapter merged into its weights"
+    )
+    parser.add_argument("--base", help="the base model, for --into-base (default: the one that the adapter names)")
     call, rest = parser.parse_known_args(list(words))
+    if call.base and not call.into_base:
+        raise FedrotError("--base is for --into-base")
     if not call.compare and call.out is None:
         raise FedrotError("give the folder of the merged adapter by --out")
     from fedrot.core.adapter import Adapter
 
+    if call.into_base:
+        return _into_base(call.adapters, call.out, call.base, rest)
     adapters = [_load(path) for path in call.adapters]
     weights = _weights(call.weights, call.adapters)
     reference = None if call.reference is None else Adapter.load(call.reference)
@@ -44,8 +52,7 @@ def main(words: Sequence[str]) -> int:
         if rest:
             raise FedrotError(f"{rest[0]}: settings are for one method, --compare shows every method with its defaults")
         return _compare(adapters, weights, reference, call.density, call.seed)
-    if call.out.exists() and (not call.out.is_dir() or any(call.out.iterdir())):
-        raise FedrotError(f"{call.out}: is there already; choose another folder by --out")
+    _refuse_existing(call.out)
     made = _merge(call.method, adapters, weights, reference, _settings(call.method, rest), call.density, call.seed)
     made.adapter.save(call.out)
     print(_words(made))
@@ -53,10 +60,33 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
+def _into_base(paths: Sequence[Path], out: Path | None, base: str | None, rest: Sequence[str]) -> int:
+    if len(paths) != 1 or rest:
+        raise FedrotError("--into-base takes one adapter and no settings of a method; merge several into one first")
+    if out is None:
+        raise FedrotError("give the folder of the merged model by --out")
+    from fedrot.learning.into_base import merge_into_base
+
+    _refuse_existing(out)
+    merge_into_base(_folder(paths[0]), out, base)
+    print(f"model  {out}")
+    return 0
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FedrotError(f"{out}: is there already; choose another folder by --out")
+
+
+def _folder(path: Path) -> Path:
+    """The adapter's folder, also of a run's folder."""
+    return path / "adapter" if (path / "versions.json").exists() else path
+
+
 def _load(path: Path) -> "Adapter":
     from fedrot.core.adapter import Adapter
 
-    return Adapter.load(path / "adapter" if (path / "versions.json").exists() else path)
+    return Adapter.load(_folder(path))
 
 
 def _weights(text: str | None, paths: Sequence[Path]) -> list[float] | None:

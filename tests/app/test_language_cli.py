@@ -1,0 +1,200 @@
+"""A language model from the command line: run, compared, reported, scored on GSM8K and on HumanEval's form."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from model_folders import SIZES, write_model
+
+from fedrot.app.cli.main import main
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("llama"), "llama", tiny_model, causal=True, **SIZES["llama"])
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chats")
+    words = ["good", "bad", "film", "book", "warm", "dull", "day", "plot"]
+    rows = [
+        {"text": f"the {a} {b}", "response": f"very {b}", "site": a} for a in words[:3] for b in words for _ in "123"
+    ]
+    jsonl(folder / "train.jsonl", rows)
+    values = {
+        "name": "words",
+        "rounds": 2,
+        "compute": {"threads": 1},
+        "model": {"path": str(llama)},
+        "lora": {"rank": 2},
+        "data": {
+            "path": str(folder),
+            "train": "train.jsonl",
+            "validation": "train.jsonl",
+            "test": "train.jsonl",
+            "response": "response",
+            "group": "site",
+            "max_length": 32,
+        },
+        "partition": {"kind": "column"},
+        "local": {"lr": 0.02, "batch": 4, "steps": 3},
+        "evaluation": {"final": "test", "answers": "text", "problems": 6, "tokens": 4},
+    }
+    path = folder / "words.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "words"
+    assert main(["run", str(recipe), "--out", str(out)]) == 0
+    return out
+
+
+def test_a_run_reports_loss_by_round_and_exact_match_at_the_end(finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    assert result["final"]["metric"] == "loss"
+    assert result["final"]["examples"] == result["answers"]["examples"] == 6
+    assert 0 <= result["answers"]["low"] <= result["answers"]["exact_match"] <= result["answers"]["high"] <= 1
+    page = (finished / "report.html").read_text()
+    assert "exact match" in page
+    losses = [json.loads(line)["evaluation"]["loss"] for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert losses[1] < losses[0]
+
+
+def test_the_adapter_gives_the_same_logits_in_plain_transformers_and_peft(finished: Path, llama: Path) -> None:
+    import torch
+    from peft import AutoPeftModelForCausalLM
+
+    from fedrot.core.adapter import Adapter
+    from fedrot.learning.loading import load_model
+    from fedrot.learning.settings import LoraSettings, ModelSettings
+
+    theirs = AutoPeftModelForCausalLM.from_pretrained(finished / "adapter").eval()
+    ours = load_model(ModelSettings(str(llama)), LoraSettings(rank=2), (), 5)
+    ours.write(Adapter.load(finished / "adapter"))
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(**inputs).logits, ours.logits(inputs, "fp32"), rtol=1e-5, atol=1e-6)
+
+
+def test_a_comparison_of_language_models_has_its_table_and_figures(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", str(recipe), "--methods", "fedit,fedrot", "--seeds", "0,1", "--out", str(tmp_path / "both")]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "test exact match" in out
+    assert "target loss" in out
+    assert (tmp_path / "both" / "figures" / "score.png").stat().st_size > 10_000
+
+
+def test_eval_scores_loss_and_gsm8k(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(finished), "--split", "validation", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["metric"] == "loss"
+    for split in ("train", "test"):
+        jsonl(
+            tmp_path / f"{split}.jsonl", [{"question": f"the day {i}", "answer": f"good #### {i}"} for i in range(20)]
+        )
+    flags = [
+        "--data.path",
+        str(tmp_path),
+        "--limit",
+        "5",
+        "--evaluation.tokens",
+        "4",
+        "--data.max_length",
+        "64",
+        "--json",
+    ]
+    assert main(["eval", str(finished), "--task", "gsm8k", *flags]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert (scores["metric"], scores["examples"], scores["unparsed"]) == ("exact_match", 5, 1.0)
+
+
+def test_eval_runs_generated_programs_only_when_told_to(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jsonl(
+        tmp_path / "HumanEval.jsonl",
+        [{"task_id": "T", "prompt": "def f():\n", "test": "def check(f): f()", "entry_point": "f"}] * 3,
+    )
+    words = ["eval", str(finished), "--task", "humaneval", "--data.path", str(tmp_path), "--evaluation.tokens", "4"]
+    assert main(words) == 2
+    assert "--run-generated-code" in capsys.readouterr().err
+    assert main([*words, "--run-generated-code", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert (scores["metric"], scores["examples"], scores["pass_at_1"], scores["failed"]) == ("pass_at_1", 3, 0.0, 3)
+
+
+def test_answers_are_refused_where_there_are_labels(
+    tiny_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "labels.yaml"
+    path.write_text(yaml.safe_dump({**tiny_values, "evaluation": {"answers": "number"}}))
+    assert main(["run", str(path), "--out", str(tmp_path / "run")]) == 2
+    assert "evaluation.answers" in capsys.readouterr().err
+
+
+def test_an_adapter_merged_into_its_base_gives_the_same_logits_without_peft(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert main(["merge", str(finished), "--into-base", "--out", str(tmp_path / "whole")]) == 0
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    apart = AutoPeftModelForCausalLM.from_pretrained(finished / "adapter").eval()
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "whole")("the good film", return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    with torch.no_grad():
+        found, wanted = whole(**inputs).logits, apart(**inputs).logits
+        with apart.disable_adapter():
+            assert not torch.allclose(apart(**inputs).logits, wanted, atol=1e-3)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert main(["merge", str(finished), "--into-base", "--out", str(tmp_path / "whole")]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_a_classifier_is_merged_into_its_base_with_its_head(tiny_values: dict[str, Any], tmp_path: Path) -> None:
+    import torch
+    from peft import AutoPeftModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
+
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_values))
+    assert main(["run", str(path), "--out", str(tmp_path / "run")]) == 0
+    assert main(["merge", str(tmp_path / "run"), "--into-base", "--out", str(tmp_path / "whole")]) == 0
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole").eval()
+    apart = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "run" / "adapter", num_labels=2).eval()
+    inputs = {"input_ids": torch.tensor([[2, 5, 6, 7, 3]])}
+    with torch.no_grad():
+        torch.testing.assert_close(whole(**inputs).logits, apart(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--into-base"], "--out"),
+        (["--base", "x", "--out", "y"], "--into-base"),
+        (["x", "--into-base", "--out", "y"], "one adapter"),
+    ],
+)
+def test_what_cannot_be_merged_into_a_base_is_refused(
+    finished: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["merge", str(finished), *words]) == 2
+    assert message in capsys.readouterr().err
