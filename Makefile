@@ -1,6 +1,7 @@
 # make demo   set everything up and run the demonstration on real data
 # make test   the tests            make check  lint, types, floors and the tests
 # make bench  speed and memory     make figures  the documentation's figures
+# make study DATA=folder   methods compared with searched rates (hours; goes on where it was)
 # make replay TREC=folder  aggregation on recorded uploads (half an hour)     make results  docs/results.md, docs/performance.md from their files
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ DEMO_OUT ?= runs/demo
 # A folder with sst2/ and gsm8k/ for the benchmark; VADER's movie reviews and HumanEval's problems without it
 DATA ?=
 
-.PHONY: demo test check lint bench figures replay results clean
+.PHONY: demo test check lint bench figures replay study results clean
 
 demo: $(RUN)
 	$(BIN)/fedrot data fetch minilm vader
@@ -47,6 +48,10 @@ figures: $(DEV)
 replay: $(DEV)
 	$(BIN)/fedrot data fetch minilm vader
 	$(BIN)/python benchmarks/replay.py $(if $(TREC),--trec $(TREC))
+
+study: $(DEV)
+	$(BIN)/fedrot data fetch minilm
+	$(BIN)/python benchmarks/study.py --data $(DATA)
 
 results: $(DEV)
 	$(BIN)/python benchmarks/results.py
