@@ -51,6 +51,7 @@ def test_a_recipe_runs_for_a_round_at_reduced_size(name: str, tmp_path: Path) ->
     folder = RunFolder(tmp_path / "run")
     assert len(folder.metrics()) == 1
     assert (folder.path / "report.html").stat().st_size > 100_000
+    assert ("are made up" in (folder.path / "report.html").read_text()) == bool(made_up)
     result = folder.read_json("result.json")
     assert result["evaluation"]["examples"] == 20
     assert ("answers" in result) == (recipe.evaluation.answers != "none")

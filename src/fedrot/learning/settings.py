@@ -92,6 +92,11 @@ class DataSettings:
     max_length: int = 128
     """Tokens an example is cut to."""
 
+    @property
+    def made_up(self) -> bool:
+        """Whether the examples are generated, in place of data that is not at hand."""
+        return self.generated is not None and self.path is None
+
 
 @dataclass(frozen=True)
 class PartitionSettings:

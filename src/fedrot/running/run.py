@@ -75,7 +75,9 @@ def _describe(folder: RunFolder, prepared: Prepared) -> None:
     partition = prepared.partition
     counts = {split: partition.counts(split) for split in prepared.encoded}
     indices = {s: {c: i.tolist() for c, i in partition.indices[s].items()} for s in prepared.encoded}
-    folder.write_json("partition.json", {"labels": partition.strata.names, "label_counts": counts, "indices": indices})
+    cut = {split: data.cut for split, data in prepared.encoded.items()}
+    found = {"labels": partition.strata.names, "label_counts": counts, "indices": indices, "cut": cut}
+    folder.write_json("partition.json", found)
 
 
 def _begin(folder: RunFolder, prepared: Prepared) -> Checkpoint | None:

@@ -109,6 +109,7 @@ def _summary(run: RunData) -> dict[str, Any]:
     ]
     return {
         "label": run.label,
+        "made_up": run.recipe.data.made_up,
         "path": run.path.name,
         "verdict": verdict(run),
         "rounds": len(run.metrics),

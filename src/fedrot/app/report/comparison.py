@@ -34,6 +34,7 @@ def build_comparison(
         metric=score_name(last_in_rounds(runs[0])),
         baseline=baseline,
         failed=dict(failed),
+        made_up=runs[0].recipe.data.made_up,
         runs=[str(one.folder.relative_to(out)) for one in planned],
         recipe=to_yaml(runs[0].recipe),
         versions={k: v for k, v in runs[0].versions.items() if isinstance(v, str)},

@@ -19,8 +19,7 @@ def read_dataset(settings: DataSettings, seed: int) -> Dataset:
     Raises `DataError` naming the file, line or column that cannot be used.
     """
     written = settings.source == "files" and (settings.response or settings.messages)
-    made_up = settings.generated is not None and settings.path is None
-    reader = conversations.read if written else generated.read if made_up else _SOURCES[settings.source]
+    reader = conversations.read if written else generated.read if settings.made_up else _SOURCES[settings.source]
     dataset = reader(settings)
     for name, rows in dataset.splits.items():
         if not len(rows):
