@@ -34,11 +34,9 @@ def test_the_paper_s_settings_are_there() -> None:
         assert (recipe.rounds, recipe.partition.concentration) == (250, 0.5)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_runs_for_a_round_at_reduced_size(name: str, tmp_path: Path) -> None:
-    from fedrot.app.cli.main import main
+def prepared(name: str) -> list[str]:
+    """The command that runs a recipe for a round at reduced size, its model and data being there."""
     from fedrot.learning.fetch import fetch
-    from fedrot.running.folder import RunFolder
 
     small = ["--small"] if "small:" in _text(find(Path(name))) else []
     recipe = read_recipe(Path(name), small=bool(small))
@@ -46,15 +44,35 @@ def test_a_recipe_runs_for_a_round_at_reduced_size(name: str, tmp_path: Path) ->
         fetch("vader")
     assert recipe.model.path.startswith("fetch:")
     fetch(recipe.model.path.removeprefix("fetch:"))
-    made_up = ["--data.generated", "1000"] if recipe.data.source in ("glue", "gsm8k") else []
-    assert main(["run", name, *small, "--out", str(tmp_path / "run"), *TINY, *SHORT, *made_up]) == 0
-    folder = RunFolder(tmp_path / "run")
+    many = recipe.partition.clients is not None and recipe.partition.clients > 10
+    made_up = ["--data.generated", "1000" if many else "300"] if recipe.data.source in ("glue", "gsm8k") else []
+    return [name, *small, *TINY, *SHORT, *made_up]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_runs_for_a_round_at_reduced_size(name: str, tmp_path: Path) -> None:
+    from fedrot.app.cli.run import read_call
+    from fedrot.app.progress import make_watcher
+    from fedrot.running.run import run
+
+    call = read_call(prepared(name))
+    recipe = read_recipe(call.recipe, call.flags, call.small)
+    with make_watcher() as watcher:
+        folder = run(recipe, tmp_path / "run", watcher)
     assert len(folder.metrics()) == 1
-    assert (folder.path / "report.html").stat().st_size > 100_000
-    assert ("are made up" in (folder.path / "report.html").read_text()) == bool(made_up)
     result = folder.read_json("result.json")
     assert result["evaluation"]["examples"] == 20
     assert ("answers" in result) == (recipe.evaluation.answers != "none")
+
+
+@pytest.mark.parametrize(("name", "made_up"), [("paper/table1-mnli-10", True), ("vader", False)])
+def test_a_report_says_whether_examples_are_made_up(name: str, made_up: bool, tmp_path: Path) -> None:
+    from fedrot.app.cli.main import main
+
+    assert main(["run", *prepared(name), "--out", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert len(page) > 100_000
+    assert ("are made up" in page) == made_up
 
 
 def _text(path: Path) -> str:
