@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +30,6 @@ def call(words: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like a clone's root, in which the demonstration has run at reduced size."""
     place = tmp_path_factory.mktemp("clone")
-    shutil.copytree(ROOT / "recipes", place / "recipes")
     assert "make demo" in blocks("sh")[0]
     done = call(f'make demo VENV={sys.prefix} DEMO_OUT={place}/runs/demo DEMO_FLAGS="{SMALL}"', ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
