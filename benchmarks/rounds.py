@@ -92,7 +92,7 @@ def against_published(ready: Prepared, repeats: int) -> list[Result]:
     share = 100 * seconds["diagnose"] / median(times[last])
     results.append(Result("1. diagnostics, of a round without evaluation", share, "%", 2.0))
     if "and bf16" not in steps:
-        print("bf16 is not measured: this processor has no AMX, so it is slower than fp32 here")
+        print("bf16 is not measured: this processor has neither AMX nor AVX512_BF16, so it is slower than fp32 here")
     return results
 
 

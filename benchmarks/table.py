@@ -72,6 +72,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "AMX": torch.cpu._is_amx_tile_supported(),
+        "AVX512_BF16": torch.cpu._is_avx512_bf16_supported(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,

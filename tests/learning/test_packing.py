@@ -83,6 +83,23 @@ def test_attention_and_its_gradients_are_those_of_each_example_alone(
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
+def test_bfloat16_attends_in_float32_on_the_processor() -> None:
+    # PyTorch's attention in bfloat16 is slow there, its backward pass above all; the result is only more exact.
+    rng = torch.Generator().manual_seed(3)
+    packing, module = pack(np.array([5, 3, 1])), torch.nn.Module()
+    q, k, v = (torch.randn(1, 2, 9, 4, generator=rng).bfloat16().requires_grad_() for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = packed_attention(module, q, k, v, None, packing=packing)
+    wide = [t.detach().float().requires_grad_() for t in (q, k, v)]
+    exact, _ = packed_attention(module, *wide, None, packing=packing)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, exact.bfloat16())
+    found.float().sum().backward()
+    exact.sum().backward()
+    for mine, other in zip((q, k, v), wide, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad.bfloat16(), rtol=0, atol=1e-2)
+
+
 def test_packed_attention_without_a_packing_is_an_error_and_not_a_guess() -> None:
     x = torch.zeros(1, 1, 2, 3)
     with pytest.raises(ValueError, match="packing"):

@@ -139,8 +139,9 @@ def test_precision_auto_is_what_the_machine_is_fast_at(
     tiny_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = parse_recipe(tiny_values, ["--local.precision=auto"])
-    for amx, precision in ((True, "bf16"), (False, "fp32")):
+    for amx, avx, precision in ((True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
         assert for_machine(recipe).local.precision == precision
     assert for_machine(parse_recipe(tiny_values)).local.precision == "fp32"
 

@@ -39,10 +39,12 @@ def available_threads() -> int:
 
 
 def fast_bfloat16(device: Device) -> bool:
-    """Whether the device multiplies bfloat16 matrices faster than float32: GPUs that know it, CPUs with AMX."""
+    """Whether the device multiplies bfloat16 matrices faster than float32: GPUs that know it, CPUs with AMX or
+    AVX512_BF16.
+    """
     if device == "cuda":
         return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu._is_amx_tile_supported())
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def memory(device: Device) -> int:

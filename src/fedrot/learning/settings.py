@@ -155,7 +155,7 @@ class LocalSettings:
     second adapter, so traffic doubles."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """Arithmetic of forward and backward: float32, or autocast to bfloat16 with float32 factors; auto: bf16 where the
-    machine is faster at it (GPUs, processors with AMX), else fp32, written in the resolved recipe."""
+    machine is faster at it (GPUs, processors with AMX or AVX512_BF16), else fp32, written in the resolved recipe."""
 
 
 @dataclass(frozen=True)

@@ -73,9 +73,7 @@ def described(recipe: Recipe) -> str:
     device = how.device or "cpu"
     fast = fast_bfloat16(device)
     if precision == "fp32":
-        about = "fp32" if device == "cuda" else f"fp32 (the processor has {'' if fast else 'no '}AMX)"
-        if fast:
-            about += ", local.precision auto would take bf16"
+        about = "fp32 (local.precision auto would take bf16, which is faster here)" if fast else "fp32"
     else:
         about = "bf16" if fast else "bf16, though this machine is faster at fp32"
     many = "one client after the other" if how.stack == 1 else f"{how.stack} clients at once"
