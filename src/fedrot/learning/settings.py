@@ -49,10 +49,10 @@ class LoraSettings:
 class DataSettings:
     """Where the examples come from."""
 
-    source: Literal["files", "glue", "vader", "gsm8k"] = "files"
+    source: Literal["files", "glue", "vader", "gsm8k", "trec"] = "files"
     """files: CSV, TSV, JSONL or parquet with named columns; glue: a GLUE task; vader: the VADER sentiment corpus;
-    gsm8k: school mathematics with worked answers. Of labels a classifier is made; of responses, a language model is
-    fine-tuned."""
+    gsm8k: school mathematics with worked answers; trec: questions by what they ask for. Of labels a classifier is made;
+    of responses, a language model is fine-tuned."""
     name: Literal["sst2", "qnli", "qqp", "rte", "mnli"] | None = None
     """The GLUE task."""
     path: str | None = None
@@ -85,8 +85,8 @@ class DataSettings:
     """Share of the training examples that is held out as the validation split where there is no validation file, and of
     every GLUE task; the choice depends on the text alone, so equal texts stay on one side."""
     generated: int | None = None
-    """Where data.path is null: so many made-up training examples of the task's form (sources glue and gsm8k), to try a
-    recipe without its data; said in the log. Null: the hub."""
+    """Where data.path is null: so many made-up training examples of the task's form (sources glue, gsm8k and trec), to
+    try a recipe without its data; said in the log. Null: the hub."""
     limit: int | None = None
     """At most this many training examples, drawn with the recipe's seed; null: all."""
     max_length: int = 128
@@ -188,6 +188,9 @@ class EvaluationSettings:
     """Split scored once, after the last round, e.g. test; null: none."""
     limit: int | None = None
     """Score on a fixed subset of this many examples during the run; null: all. The final split is scored whole."""
+    choose: Literal["last", "best"] = "last"
+    """Which round's adapter is the result: the last one's, or that of the best score during the run, on `split`, which
+    `final` may then not be."""
     batch: int = 64
     """Examples a batch."""
     answers: Literal["none", "number", "text"] = "none"

@@ -38,9 +38,9 @@ class Checkpoint:
         return self.server.broadcast.round
 
 
-def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint below `root` and drop all but the `keep` latest. Raises `OSError`, e.g. on a full disk; what
-    was written before is then untouched.
+def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int, spare: int | None = None) -> Path:
+    """Write a checkpoint below `root` and drop all but the `keep` latest and the one after `spare` rounds. Raises
+    `OSError`, e.g. on a full disk; what was written before is then untouched.
     """
     tensors: dict[str, Tensor] = {}
     broadcast = checkpoint.server.broadcast
@@ -85,7 +85,8 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
         raise
     _flush_folder(root)
     for old in saved_rounds(root)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if spare is None or old.name != _name(spare):
+            shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -109,6 +110,11 @@ def load_latest(root: Path) -> Checkpoint | None:
     except RunError as problem:
         older = f"delete that folder to go on from {found[-2].name}" if len(found) > 1 else "start the run anew"
         raise RunError(f"{problem}; {older}") from None
+
+
+def load_round(root: Path, rounds: int) -> Checkpoint:
+    """The checkpoint after so many rounds. Raises `RunError` naming a missing or damaged file."""
+    return _load(root / _name(rounds))
 
 
 def _load(folder: Path) -> Checkpoint:

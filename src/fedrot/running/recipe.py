@@ -182,7 +182,7 @@ def _cross_checks(r: Recipe) -> None:
         raise RecipeError("data.name: give the GLUE task (source glue): sst2, qnli, qqp, rte or mnli")
     if r.data.source == "files" and r.data.train is None:
         raise RecipeError("data.train: give the file of training examples (source files)")
-    if r.data.generated is not None and r.data.source not in ("glue", "gsm8k"):
+    if r.data.generated is not None and r.data.source not in ("glue", "gsm8k", "trec"):
         raise RecipeError(f"data.generated: there are no made-up examples for data.source {r.data.source}")
     if r.data.response and r.data.messages:
         raise RecipeError("data: give data.response or data.messages, not both")
@@ -200,6 +200,11 @@ def _cross_checks(r: Recipe) -> None:
         raise RecipeError("partition.encoder: it is for partition.by cluster; leave it null")
     if r.partition.kind in ("iid", "dirichlet") and r.partition.clients is None:
         raise RecipeError(f"partition.clients: give the number of clients (kind {r.partition.kind})")
+    if r.evaluation.choose == "best" and r.evaluation.final == r.evaluation.split:
+        raise RecipeError(
+            f"evaluation.choose: the best round on {r.evaluation.split!r} would be reported on the same examples; set "
+            "evaluation.final to another split, or to null"
+        )
     _method_checks(r)
 
 

@@ -1,6 +1,7 @@
 """A round's line of metrics.jsonl: who took part, losses, bytes, aggregation errors, drift."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from fedrot.core.adapter import Adapter
 from fedrot.core.diagnostics import AggregationErrors
 from fedrot.core.drift import summarise_drift
 from fedrot.core.methods.base import ALL_PARTS, Broadcast
+from fedrot.learning.scores import LOWER_IS_BETTER
 
 
 @dataclass(frozen=True)
@@ -71,3 +73,17 @@ def _drift_by_layer(uploads: Mapping[str, Seen]) -> dict[str, dict[str, float]]:
 def outcome_of(broadcast: Broadcast) -> tuple[Adapter, ...]:
     """The updates whose sum is what the server made of a round's uploads: the adapter, and what the base gained."""
     return (broadcast.adapter,) if broadcast.base_step is None else (broadcast.adapter, broadcast.base_step)
+
+
+def best_round(records: Iterable[Mapping[str, Any]]) -> int | None:
+    """The round whose adapter scored best, the first of equals; None where no score is a number."""
+    best: tuple[float, int] | None = None
+    for record in records:
+        scores = record.get("evaluation", {})
+        value = scores.get(scores.get("metric"))
+        if value is None or not math.isfinite(value):
+            continue
+        gain = -value if scores["metric"] in LOWER_IS_BETTER else value
+        if best is None or gain > best[0]:
+            best = gain, record["round"]
+    return None if best is None else best[1]

@@ -1,6 +1,6 @@
 """A whole run: from a recipe to a run folder with an adapter in it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,12 @@ from typing import Any
 from fedrot.core.errors import RunError
 from fedrot.core.methods.base import ServerState
 from fedrot.core.products import joined
-from fedrot.running.checkpoint import Checkpoint, load_latest, save_checkpoint, saved_rounds
+from fedrot.running.checkpoint import Checkpoint, load_latest, load_round, save_checkpoint, saved_rounds
 from fedrot.running.choices import described
 from fedrot.running.folder import RunFolder
 from fedrot.running.prepare import Prepared, first_adapter, prepare, versions
 from fedrot.running.recipe import Recipe
+from fedrot.running.records import best_round
 from fedrot.running.rounds import Watcher, play
 from fedrot.running.simulation import Simulation, personal
 from fedrot.running.tracking import Trackers
@@ -43,16 +44,28 @@ def run(recipe: Recipe, out: Path, watcher: Watcher, resume: bool = False) -> Ru
         checkpoint = fresh
         engine.restore(checkpoint.clients)
         folder.forget_metrics_from(checkpoint.rounds)
-        keeper = _Keeper(folder, recipe.checkpoint.keep, trackers)
+        keeper = _Keeper(folder, recipe, trackers, list(_scores(folder.metrics())))
         watcher.prepared(described(recipe))
         try:
             last = play(recipe, engine, checkpoint.server, keeper, watcher)
         finally:
             keeper.trackers.close()
+        if recipe.evaluation.choose == "best":
+            last = _best(folder, engine, last)
         _finish(folder, recipe, engine, last, watcher)
     finally:
         folder.close()
     return folder
+
+
+def _best(folder: RunFolder, engine: Simulation, last: ServerState) -> ServerState:
+    """The state after the round that scored best, with what clients kept then; the last where no score is a number."""
+    best = best_round(folder.metrics())
+    if best is None or best + 1 == last.broadcast.round:
+        return last
+    checkpoint = load_round(folder.checkpoints, best + 1)
+    engine.restore(checkpoint.clients)
+    return checkpoint.server
 
 
 @dataclass
@@ -60,13 +73,22 @@ class _Keeper:
     """Keeps finished rounds: the line of metrics first, then the checkpoint that makes the round count."""
 
     folder: RunFolder
-    keep: int
+    recipe: Recipe
     trackers: Trackers
+    scores: list[dict[str, Any]]  # of the rounds so far
 
     def save(self, record: Mapping[str, Any], checkpoint: Checkpoint) -> None:
         self.folder.append_metrics(record)
-        save_checkpoint(self.folder.checkpoints, checkpoint, self.keep)
+        self.scores += _scores([record])
+        chosen = best_round(self.scores) if self.recipe.evaluation.choose == "best" else None
+        spare = None if chosen is None else chosen + 1
+        save_checkpoint(self.folder.checkpoints, checkpoint, self.recipe.checkpoint.keep, spare)
         self.trackers.log(record)
+
+
+def _scores(records: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What is needed of the records to choose a round by."""
+    return ({"round": r["round"], "evaluation": r["evaluation"]} for r in records if "evaluation" in r)
 
 
 def _describe(folder: RunFolder, prepared: Prepared) -> None:
@@ -99,9 +121,9 @@ def _begin(folder: RunFolder, prepared: Prepared) -> Checkpoint | None:
 
 def _finish(folder: RunFolder, recipe: Recipe, engine: Simulation, state: ServerState, watcher: Watcher) -> None:
     """Write the adapter, or one for each client with a head of its own, and the last scores."""
-    result: dict[str, Any] = {"rounds": recipe.rounds, "method": recipe.method.name}
-    scored = [record["evaluation"] for record in folder.metrics() if "evaluation" in record]
-    result["evaluation"] = scored[-1]
+    chosen = state.broadcast.round - 1
+    result: dict[str, Any] = {"rounds": recipe.rounds, "method": recipe.method.name, "round": chosen}
+    result["evaluation"] = folder.metrics()[chosen]["evaluation"]
     if recipe.evaluation.final is not None:
         watcher.evaluating(recipe.evaluation.final)
         # Where problems are answered, the loss is that of the same problems.

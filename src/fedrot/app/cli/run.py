@@ -69,6 +69,8 @@ def main(words: Sequence[str]) -> int:
         folder = run(recipe, out, watcher, resume=call.resume)
     report = build_report([folder.path], folder.path)
     result = folder.read_json("result.json")
+    if recipe.evaluation.choose == "best":
+        print(f"round {result['round']} of {recipe.rounds} scored best on {recipe.evaluation.split}")
     scores = result.get("final") or result["evaluation"]
     name = scores["metric"].replace("_", " ")
     print(f"{scores['split']} {name} {scores[scores['metric']]:.4f}  ({scores['examples']} examples)")
