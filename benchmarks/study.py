@@ -1,7 +1,8 @@
 """Methods on TREC-6, SST-2 and RTE: rates searched alike on one seed, then more seeds with what was chosen.
 
-Run: make study DATA=folder (with sst2/, rte/ and trec/ in it). Every run that has finished is a line of
-docs/results/study.csv and is not run again, so that the study can be stopped and goes on where it was.
+Run: make study DATA=folder (with sst2/, rte/ and trec/ in it). The settings are the recipes study/NAME; a run by itself
+is e.g. fedrot run study/trec --data.path TREC --method.name fedit --local.lr 6e-3 --seed 1. Every run that has finished
+is a line of docs/results/study.csv and is not run again, so that the study can be stopped and goes on where it was.
 """
 
 import argparse
@@ -15,35 +16,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from fedrot.core.errors import RunError
 from fedrot.running.folder import RunFolder
-from fedrot.running.recipe_file import parse_recipe
+from fedrot.running.recipe_file import read_recipe
 from fedrot.running.run import run
-from recorded import trec_tables
 from table import Quiet
 
 CSV = Path(__file__).parents[1] / "docs" / "results" / "study.csv"
 KEYS = ("setting", "method", "strength", "lr", "seed")
-COLUMNS = (*KEYS, "validation", "test", "worst", "before", "sent", "floor", "cpu_seconds")
+COLUMNS = (*KEYS, "validation", "test", "worst", "before", "sent", "floor", "precision", "cpu_seconds")
 
 # Every method's grid; FedRot's strength is searched too, at the rate that was best with the first one.
-RATES = (7e-4, 2e-3, 6e-3)
+RATES = (2e-3, 6e-3, 1.8e-2)
 STRENGTHS = (0.4, 0.2, 0.7, 1.0)
 METHODS = ("fedit", "ffa", "rolora", "flexlora", "flexlora_regauge", "fedrot_svd", "fedrot", "fedrot auto")
 
-_EVEN = {"kind": "dirichlet", "clients": 10, "concentration": 0.5}
-_DRIFT = {"kind": "dirichlet", "clients": 20, "concentration": 0.1}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "trec": {"rounds": 8, "partition": _EVEN, "local": {"batch": 16, "steps": 6}},
-    "trec-drift": {"rounds": 4, "partition": _DRIFT, "local": {"batch": 8, "steps": 25}},
-    "sst2": {"rounds": 8, "partition": _EVEN, "local": {"batch": 16, "steps": 6}},
-    "sst2-drift": {"rounds": 4, "partition": _DRIFT, "local": {"batch": 8, "steps": 25}},
-    "rte": {"rounds": 6, "partition": _EVEN, "local": {"batch": 8, "steps": 5}},
-    "rte-drift": {"rounds": 3, "partition": _DRIFT, "local": {"batch": 4, "steps": 20}},
-}
-SEEDS = {name: 5 if name in ("trec", "trec-drift") else 3 for name in SETTINGS}
+# Seeds of each setting, the data below the folder that is given; settings are finished one after the other.
+SEEDS = {"trec": 5, "sst2": 3, "trec-drift": 5, "rte": 3}
 
 
 @dataclass(frozen=True)
@@ -62,31 +52,13 @@ class Task:
         return (self.setting, self.method, self.strength, f"{self.lr:g}", str(self.seed))
 
 
-def recipe_values(task: Task, data: Path) -> dict[str, Any]:
-    """The run's recipe; `data` holds sst2/, rte/ and trec/ (as tables)."""
-    setting, name = SETTINGS[task.setting], task.setting.removesuffix("-drift")
-    method: dict[str, Any] = {"name": task.method.split()[0]}
+def recipe_flags(task: Task, data: Path) -> list[str]:
+    """What the run's recipe is told; `data` holds sst2/, rte/ and trec/."""
+    method = ["--method.name", task.method.split()[0]]
     if task.strength:
-        method |= {"strength": task.strength if task.strength == "auto" else float(task.strength)}
-    files: dict[str, Any] = {"source": "glue", "name": name, "path": str(data / name), "max_length": 128}
-    if name == "trec":
-        files = {"source": "files", "path": str(data / name), "train": "train.csv", "test": "test.csv"}
-    if name == "sst2":
-        files["limit"] = 8000
-    return {
-        "name": "-".join(task.key).replace("/", "_"),
-        "seed": task.seed,
-        "rounds": setting["rounds"],
-        "model": {"path": "fetch:minilm"},
-        "lora": {"rank": 4},
-        "data": files,
-        "partition": setting["partition"],
-        "federation": {"participation": 1.0 if setting["partition"] is _EVEN else 0.5},
-        "local": {"optimizer": "adamw", "lr": task.lr, **setting["local"]},
-        "compute": {"workers": 1, "threads": 1},
-        "method": method,
-        "evaluation": {"every": 4, "limit": 500, "final": "test"},
-    }
+        method += ["--method.strength", task.strength]
+    folder = data / task.setting.removesuffix("-drift")
+    return [*method, "--local.lr", f"{task.lr:g}", "--seed", str(task.seed), "--data.path", str(folder)]
 
 
 def done_before() -> dict[tuple[str, ...], dict[str, str]]:
@@ -102,7 +74,8 @@ def play(task: Task, data: Path) -> dict[str, str]:
     began = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            made = run(parse_recipe(recipe_values(task, data)), Path(folder) / "run", Quiet())
+            recipe = read_recipe(Path("study") / task.setting, recipe_flags(task, data))
+            made = run(recipe, Path(folder) / "run", Quiet())
             found = _numbers(made)
         except RunError:  # diverged: no usable uploads
             found = dict.fromkeys(COLUMNS[5:-1], "nan")
@@ -118,7 +91,8 @@ def _numbers(folder: RunFolder) -> dict[str, str]:
 
     scores = {"validation": result["evaluation"]["accuracy"], "test": result["final"]["accuracy"]}
     errors = {key: late(f"{key}_relative") for key in ("before", "sent", "floor")}
-    return {k: f"{v:.6g}" for k, v in (scores | {"worst": result["final"]["worst"]}).items()} | errors
+    numbers = {k: f"{v:.6g}" for k, v in (scores | {"worst": result["final"]["worst"]}).items()}
+    return numbers | errors | {"precision": folder.recipe().local.precision}
 
 
 def best(rows: Mapping[tuple[str, ...], Mapping[str, str]], tasks: Sequence[Task]) -> Task | None:
@@ -144,13 +118,13 @@ def search(setting: str, method: str, rows: Mapping[tuple[str, ...], Mapping[str
 
 
 def plan(rows: Mapping[tuple[str, ...], Mapping[str, str]]) -> Iterator[Task]:
-    """All runs that are known so far: every search, then the other seeds of what was chosen."""
-    for setting, method in itertools.product(SETTINGS, METHODS):
-        yield from search(setting, method, rows)
-    for seed in range(1, max(SEEDS.values())):
-        for setting, method in itertools.product(SETTINGS, METHODS):
+    """All runs that are known so far, setting after setting: every search, then the other seeds of what was chosen."""
+    for setting, seeds in SEEDS.items():
+        for method in METHODS:
+            yield from search(setting, method, rows)
+        for seed, method in itertools.product(range(1, seeds), METHODS):
             chosen = best(rows, search(setting, method, rows))
-            if chosen is not None and seed < SEEDS[setting]:
+            if chosen is not None:
                 yield Task(setting, method, chosen.strength, chosen.lr, seed)
 
 
@@ -161,19 +135,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=720.0, help="begin no run after this long")
     call = parser.parse_args()
     until = time.monotonic() + 60 * call.minutes
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder)
-        for name in ("sst2", "rte"):
-            (data / name).symlink_to((call.data / name).absolute())
-        (data / "trec").mkdir()
-        trec_tables(call.data / "trec", data / "trec")
-        while time.monotonic() < until:
-            task = _take()
-            if task is None:
-                return
-            line = play(task, data)
-            print(", ".join(f"{k} {v}" for k, v in line.items()), flush=True)
-            _write(line)
+    while time.monotonic() < until:
+        task = _take()
+        if task is None:
+            return
+        line = play(task, call.data)
+        print(", ".join(f"{k} {v}" for k, v in line.items()), flush=True)
+        _write(line)
 
 
 # Runs that a process of this study is working on, beside the file, so that no two do the same.

@@ -24,7 +24,7 @@ PAPER = {f"paper/table1-{task}-{n}" for task in ("sst2", "qnli", "qqp", "rte", "
 
 
 def test_the_paper_s_settings_are_there() -> None:
-    assert set(NAMES) >= PAPER | {"vader", "gsm8k", "paper/generation-gsm8k", "paper/ranks-mnli"}
+    assert set(NAMES) >= PAPER | {"vader", "gsm8k", "paper/generation-gsm8k", "paper/ranks-mnli", "study/trec"}
     assert all(recipes().values()), "each begins with a comment that says what it is"
     for name in PAPER:
         recipe = read_recipe(Path(name))
@@ -45,7 +45,7 @@ def prepared(name: str) -> list[str]:
     assert recipe.model.path.startswith("fetch:")
     fetch(recipe.model.path.removeprefix("fetch:"))
     many = recipe.partition.clients is not None and recipe.partition.clients > 10
-    made_up = ["--data.generated", "1000" if many else "300"] if recipe.data.source in ("glue", "gsm8k") else []
+    made_up = ["--data.generated", "1000" if many else "300"] if recipe.data.generated is not None else []
     return [name, *small, *TINY, *SHORT, *made_up]
 
 

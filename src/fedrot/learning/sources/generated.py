@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from fedrot.core.seeding import seed_of
 from fedrot.learning.data import ASSISTANT, Dataset, Rows, conversations, hold_out
 from fedrot.learning.settings import DataSettings
-from fedrot.learning.sources import glue
+from fedrot.learning.sources import glue, trec
 
 _GOOD = ("bright", "charming", "clever", "fine", "good", "great", "happy", "lovely", "superb", "warm")
 _BAD = ("awful", "bad", "bleak", "boring", "clumsy", "cold", "dull", "poor", "sad", "weak")
@@ -24,18 +24,26 @@ def read(settings: DataSettings) -> Dataset:
     train, test = (_rows(settings, split, size) for split, size in (("train", count), ("test", max(8, count // 4))))
     kept, validation = hold_out(train, settings.holdout)
     splits = {"train": kept, "validation": validation, "test": test}
-    if settings.source == "glue":
-        if settings.name == "mnli":
-            splits["test_mismatched"] = _rows(settings, "test_mismatched", max(8, count // 4))
-        return Dataset(splits, glue.TASKS[settings.name or ""].labels)
-    return Dataset(splits)
+    if settings.source == "glue" and settings.name == "mnli":
+        splits["test_mismatched"] = _rows(settings, "test_mismatched", max(8, count // 4))
+    return Dataset(splits, _labels(settings))
+
+
+def _labels(settings: DataSettings) -> tuple[str, ...]:
+    """The task's labels; none where text is written."""
+    if settings.source == "trec":
+        return trec.LABELS
+    return glue.TASKS[settings.name or ""].labels if settings.source == "glue" else ()
 
 
 def _rows(settings: DataSettings, split: str, count: int) -> Rows:
     rng = random.Random(seed_of("generated", settings.name or settings.source, split))
     if settings.source == "gsm8k":
         return conversations([_sum(rng) for _ in range(count)])
-    labels = range(len(glue.TASKS[settings.name or ""].labels))
+    labels = range(len(_labels(settings)))
+    if settings.source == "trec":
+        asked = [rng.choice(labels) for _ in range(count)]
+        return Rows([_ASKS[label](rng.choice(_NAMES), rng.choice(_THINGS)) for label in asked], asked)
     made = [(_PAIRS[settings.name or ""](rng, label), label) for label in (rng.choice(labels) for _ in range(count))]
     pairs = [pair for (_, pair), _ in made]
     return Rows(
@@ -84,3 +92,13 @@ _PAIRS: dict[str, Callable[[random.Random, int], tuple[str, str]]] = {
     "rte": _entailed,
     "mnli": _entailed,
 }
+
+# TREC's labels in their order, and a question that asks for each.
+_ASKS: tuple[Callable[[str, str], str], ...] = (
+    lambda name, thing: f"Why did {name} like the {thing} ?",
+    lambda name, thing: f"What kind of {thing} does {name} own ?",
+    lambda name, thing: f"What does {name[0]}{thing[0].upper()} stand for in {name} 's {thing} ?",
+    lambda name, thing: f"Who gave {name} the {thing} ?",
+    lambda name, thing: f"Where did {name} leave the {thing} ?",
+    lambda name, thing: f"How many times did {name} see the {thing} ?",
+)
