@@ -4,6 +4,7 @@ docs/results/performance.json is build/bench.json as `make bench DATA=folder`, w
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ def table(found: Found, starts: Sequence[str]) -> str:
             unit = one.get("unit") or ""
             goal = "" if one["goal"] is None else f"{'≥' if one['at_least'] else '≤'} {one['goal']:g} {unit}".rstrip()
             holds = "" if one["goal"] is None else ("yes" if one["holds"] else "**no**")
-            rows.append(f"| {one['name'].removeprefix(starts[0])} | {one['figure']:.3g} {unit} | {goal} | {holds} |")
+            name = re.sub(r"^(\d\. |threads: |workers: )", "", one["name"])
+            rows.append(f"| {name} | {one['figure']:.3g} {unit} | {goal} | {holds} |")
     return "\n".join(rows)
 
 

@@ -10,6 +10,10 @@ from matplotlib.figure import Figure
 
 from fedrot.app.compare.table import Outcome, cells, to_markdown
 from fedrot.app.compare.table import rows as table_rows
+from study import done_before
+from study_page import core_hours, section
+from study_page import draw as draw_study
+from table import markdown
 
 DOCS = Path(__file__).parents[1] / "docs"
 REPLAY, VADER = DOCS / "results" / "replay.csv", DOCS / "results" / "vader"
@@ -49,13 +53,6 @@ def values(rows: Rows, start: str, column: Column, variant: str, key: str = "rat
         for row in rows
         if (row["start"], row["variant"]) == (start, variant) and (row["task"], row["optimizer"], row["rank"]) == column
     ]
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table, header first."""
-    rule = "|" + "---|" * len(lines[0])
-    head, *rest = ("| " + " | ".join(line) + " |" for line in lines)
-    return "\n".join([head, rule, *rest]) + "\n"
 
 
 def replay_table(rows: Rows, start: str) -> str:
@@ -162,6 +159,8 @@ def page(rows: Rows, table: str) -> str:
             claims=claims(rows),
             memory=memory_table(rows),
             vader=table,
+            study=section(done_before()),
+            hours=f"{core_hours(done_before()):.1f}",
         )
     )
 
@@ -178,10 +177,11 @@ def vader_table() -> str:
 
 
 def main() -> None:
-    """Write docs/results.md and docs/replay.png."""
+    """Write docs/results.md and its figures."""
     rows = read(REPLAY)
     (DOCS / "results.md").write_text(page(rows, vader_table()))
     draw(rows, DOCS / "replay.png")
+    draw_study(done_before(), DOCS / "study.png")
 
 
 if __name__ == "__main__":

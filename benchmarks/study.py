@@ -29,6 +29,7 @@ COLUMNS = (*KEYS, "validation", "test", "worst", "before", "sent", "floor", "pre
 
 # Every method's grid; FedRot's strength is searched too, at the rate that was best with the first one.
 RATES = (2e-3, 6e-3, 1.8e-2)
+WIDER = 2  # rates by which the grid grows while its best is at an edge
 STRENGTHS = (0.4, 0.2, 0.7, 1.0)
 METHODS = ("fedit", "ffa", "rolora", "flexlora", "flexlora_regauge", "fedrot_svd", "fedrot", "fedrot auto")
 
@@ -108,10 +109,19 @@ def _score(row: Mapping[str, str]) -> float:
 
 
 def search(setting: str, method: str, rows: Mapping[tuple[str, ...], Mapping[str, str]]) -> list[Task]:
-    """The runs of the search that are known so far: the grid of rates, then, for fedrot, of strengths."""
+    """The runs of the search that are known so far: the grid of rates, wider by a step where the best is at its edge,
+    then, for fedrot, of strengths.
+    """
     first = {"fedrot": f"{STRENGTHS[0]:g}", "fedrot auto": "auto"}.get(method, "")
     tasks = [Task(setting, method, first, lr, 0) for lr in RATES]
     chosen = best(rows, tasks)
+    while chosen is not None and len(tasks) < len(RATES) + WIDER:
+        rates = [task.lr for task in tasks]
+        if chosen.lr not in (min(rates), max(rates)):
+            break
+        further = float(f"{3 * chosen.lr if chosen.lr == max(rates) else chosen.lr / 3:.2g}")
+        tasks.append(Task(setting, method, first, further, 0))
+        chosen = best(rows, tasks)
     if method == "fedrot" and chosen is not None:
         tasks += [Task(setting, method, f"{strength:g}", chosen.lr, 0) for strength in STRENGTHS[1:]]
     return tasks

@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -87,3 +87,10 @@ def show(results: list[Result], about: dict[str, Any]) -> None:
     for r in results:
         goal = "" if r.goal is None else f"{'>=' if r.at_least else '<='} {r.goal:g} {r.unit}"
         print(f"{r.name:<{width}}  {r.figure:>9.3f} {r.unit:<2}  {goal:>12}  {'' if r.goal is None else r.holds}")
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table, header first."""
+    rule = "|" + "---|" * len(lines[0])
+    head, *rest = ("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([head, rule, *rest]) + "\n"

@@ -7,12 +7,13 @@ products and LoRA's are not counted as useful.
 """
 
 import time
-from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from statistics import median
 
 import torch
 
 from fedrot.core.methods.base import Upload
+from fedrot.learning.capacity import fast_bfloat16
 from fedrot.running.prepare import Prepared
 from fedrot.running.simulation import Simulation
 from rounds import second_state
@@ -41,9 +42,10 @@ KINDS = {
 }
 
 
-def peak(size: int = 2048, repeats: int = 5) -> float:
-    """Multiply-adds a second, counted as two, of a product of square matrices in float32: the best of some."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+def peak(precision: str, size: int = 2048, repeats: int = 5) -> float:
+    """Multiply-adds a second, counted as two, of a product of square matrices in this precision: the best of some."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
     return max(2 * size**3 / cpu(lambda: a @ b) for _ in range(repeats))
 
 
@@ -58,12 +60,28 @@ def useful(ready: Prepared, tokens: int, examples: int) -> float:
 
 
 def throughput(ready: Prepared, repeats: int) -> list[Result]:
-    """The share of the peak, in turns with it, and the shares of what is lost."""
+    """The share of the peak, in float32 and where it is fast in bfloat16, and the shares of what is lost."""
+    results = [Result("2. useful products / peak, training in fp32", share_of_peak(ready, repeats), "", 0.85, True)]
+    padding = 1 - _tokens(ready)
+    results.append(Result("2. padding, of the rows of linear layers", 100 * padding, "%"))
+    ways = {"": ready}
+    if fast_bfloat16("cpu"):
+        half = replace(ready, recipe=replace(ready.recipe, local=replace(ready.recipe.local, precision="bf16")))
+        share = share_of_peak(half, repeats)
+        results.append(Result("2. useful products / peak, training in bf16", share, "", 0.5, True))
+        ways["bf16: "] = half
+    for about, one in ways.items():
+        results += [Result(f"2. {about}time in {kind}", 100 * share, "%") for kind, share in _profile(one).items()]
+    return results
+
+
+def share_of_peak(ready: Prepared, repeats: int) -> float:
+    """Useful products a second over the peak of the same precision, in turns with it: the median."""
     state = second_state(ready)
     engine = Simulation(ready)
     shares = []
     for _ in range(repeats + 1):
-        top = peak()
+        top = peak(ready.recipe.local.precision)
         began = time.process_time()
         uploads = [one for one in engine.train(state.broadcast, engine.clients) if isinstance(one, Upload)]
         spent = time.process_time() - began
@@ -71,14 +89,7 @@ def throughput(ready: Prepared, repeats: int) -> list[Result]:
         spent -= sum(seconds for one in uploads for phase, seconds in one.seconds.items() if phase != "train")
         tokens = sum(int(one.metrics["tokens"]) for one in uploads)
         shares.append(useful(ready, tokens, sum(one.used for one in uploads)) / spent / top)
-    results = [
-        Result("2. useful products / peak, training in fp32", sorted(shares[1:])[len(shares[1:]) // 2], "", 0.85, True)
-    ]
-    padding = 1 - _tokens(ready)
-    results.append(Result("2. padding, of the rows of linear layers", 100 * padding, "%"))
-    for kind, share in _profile(lambda: list(engine.train(state.broadcast, engine.clients))).items():
-        results.append(Result(f"2. time in {kind}", 100 * share, "%"))
-    return results
+    return median(shares[1:])
 
 
 def _tokens(ready: Prepared) -> float:
@@ -88,13 +99,14 @@ def _tokens(ready: Prepared) -> float:
     return float(batch.lengths.sum()) / batch.layout.rows
 
 
-def _profile(work: Callable[[], Any]) -> dict[str, float]:
-    """Shares of the time of a call by kind of operation."""
+def _profile(ready: Prepared) -> dict[str, float]:
+    """Shares of the time of a round's training by kind of operation."""
     from torch.profiler import ProfilerActivity, profile
 
+    state, engine = second_state(ready), Simulation(ready)
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         began = time.perf_counter()
-        work()
+        list(engine.train(state.broadcast, engine.clients))
         whole = time.perf_counter() - began
     found: dict[str, float] = dict.fromkeys([*KINDS.values(), "other operations"], 0.0)
     for event in seen.key_averages():

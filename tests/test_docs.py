@@ -95,6 +95,27 @@ def test_the_replay_runs_at_reduced_size(tmp_path: Path) -> None:
     assert ratio["floor"] <= ratio["best rotation"] <= ratio["consensus"] + 1e-9
 
 
+def test_the_benchmark_of_compressed_uploads_tells_the_codecs_apart() -> None:
+    import torch
+
+    import recorded
+    import uploads
+    from fedrot import Adapter, LoraPair
+
+    def near(base: Adapter, seed: int, size: float) -> Adapter:
+        rng = torch.Generator().manual_seed(seed)
+        return base.map(lambda t: t + size * torch.randn(t.shape, generator=rng))
+
+    reference = near(Adapter({"x": LoraPair(torch.zeros(4, 96), torch.zeros(64, 4), 1.0)}), 0, 1.0)
+    sent = [[near(reference, 10 * number + client, 1e-3) for client in range(3)] for number in (1, 2, 3)]
+    rounds = [recorded.Recorded(number, reference, these, [1.0, 2.0, 1.0]) for number, these in enumerate(sent)]
+    found = {what: uploads.measure(rounds, what) for what in uploads.LINES}
+    assert [round(line["bytes"], 1) for line in found.values()] == [0.5, 0.5, 0.5, 0.3, 0.3]
+    assert found["bf16"]["change"] < found["int8"]["change"] < 0.02 < 0.5 < found["factors"]["change"]
+    for codec in ("bf16", "int8"):
+        assert found[f"{codec} feedback"]["sum"] < found[codec]["sum"]
+
+
 def test_the_paper_s_page_names_every_recipe_of_it_and_no_other() -> None:
     from fedrot.running.recipe_library import recipes
 

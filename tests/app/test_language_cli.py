@@ -124,6 +124,89 @@ def test_eval_scores_loss_and_gsm8k(finished: Path, tmp_path: Path, capsys: pyte
     assert (scores["metric"], scores["examples"], scores["unparsed"]) == ("exact_match", 5, 1.0)
 
 
+def prompts_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """What a command asks the model, in the order of the lengths."""
+    from fedrot.learning.tasks import answers
+
+    asked: list[list[int]] = []
+    write_on = answers.write_on
+
+    def spy(model: Any, prompts: Any, *rest: Any) -> list[str]:
+        asked.extend(prompt.tolist() for prompt in prompts)
+        return write_on(model, prompts, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "write_on", spy)
+        assert main(words) == 0
+    return sorted(asked, key=len)
+
+
+def test_worked_examples_come_before_a_run_s_problems_and_cut_prompts_are_reported(
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for shots in (0, 2, 30):
+        out = tmp_path / str(shots)
+        words = ["run", str(recipe), "--rounds=1", f"--evaluation.shots={shots}", "--out", str(out)]
+        asked = prompts_of(words, monkeypatch)
+        answers = json.loads((out / "result.json").read_text())["answers"]
+        found[shots] = asked, answers["cut"], caplog.text
+    few, cut, log = found[2]
+    assert {len(more) - len(less) for more, less in zip(few, found[0][0], strict=True)} == {2 * 5}
+    assert len({tuple(prompt[:10]) for prompt in few}) == 1
+    assert cut == found[0][1] == 0.0
+    assert "lost their beginning" not in log
+    assert found[30][1] == 1.0
+    assert "6 of 6 prompts" in found[30][2]
+
+
+def test_worked_examples_come_before_the_problems_of_eval(
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for split, word in (("train", "good"), ("test", "bad")):
+        rows = [{"question": f"the {word} day {i}", "answer": f"{word} #### {i}"} for i in range(20)]
+        jsonl(tmp_path / f"{split}.jsonl", rows)
+    words = ["eval", str(finished), "--task", "gsm8k", "--data.path", str(tmp_path), "--limit", "5", "--json"]
+    words += ["--evaluation.tokens", "4", "--data.max_length", "64"]
+    none = prompts_of(words, monkeypatch)
+    assert json.loads(capsys.readouterr().out)["cut"] == 0.0
+    few = prompts_of([*words, "--evaluation.shots", "2"], monkeypatch)
+    assert json.loads(capsys.readouterr().out)["cut"] == 0.0
+    assert all(more[-len(less) :] == less for more, less in zip(few, none, strict=True))
+    assert len({tuple(more[: -len(less)]) for more, less in zip(few, none, strict=True)}) == 1
+    prompts_of([*words, "--evaluation.shots", "12"], monkeypatch)
+    assert json.loads(capsys.readouterr().out)["cut"] == 1.0
+    assert "5 of 5 prompts" in caplog.text
+    assert main([*words, "--evaluation.shots", "21"]) == 2
+    assert "evaluation.shots is 21" in capsys.readouterr().err
+    assert main([*words, "--evaluation.shots", "2", "--split", "train"]) == 2
+    assert "evaluation.shots" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--evaluation.shots=-1"], "at least 0"),
+        (["--evaluation.shots=2", "--evaluation.answers=none"], "evaluation.answers"),
+        (["--evaluation.shots=2", "--evaluation.final=train"], "another split"),
+        (["--evaluation.shots=2", "--evaluation.final=null", "--evaluation.split=train"], "another split"),
+        (["--evaluation.shots=1000"], "training examples"),
+    ],
+)
+def test_worked_examples_that_cannot_be_given_are_refused(
+    recipe: Path, tmp_path: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(recipe), *flags, "--out", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert "evaluation.shots" in err
+    assert message in err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_eval_runs_generated_programs_only_when_told_to(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,8 +14,7 @@ from fedrot.learning.data import ASSISTANT, conversations
 from fedrot.learning.evaluation import How
 from fedrot.learning.generation import write_on
 from fedrot.learning.models import ResidentModel
-from fedrot.learning.tasks.answers import answer_of, by_answers, prompt_of, score
-from fedrot.learning.tasks.generation import encode
+from fedrot.learning.tasks.answers import Problems, answer_of, by_answers, score
 
 TOKENS = 8
 
@@ -101,8 +100,9 @@ def test_a_number_is_the_same_however_it_is_written(number: int) -> None:
     assert len(forms) == 1
 
 
-def test_exact_match_counts_right_answers_and_missing_ones_apart() -> None:
-    found = score(torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0]]))
+def test_exact_match_counts_right_answers_missing_ones_and_cut_prompts_apart() -> None:
+    found = score(torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]))
+    assert found["cut"] == 0.75
     assert found["exact_match"] == 0.5
     assert found["unparsed"] == 0.25
     assert 0.1 < found["low"] < 0.2  # Wilson's interval of 2 of 4: .150 to .850
@@ -116,11 +116,12 @@ def test_what_the_model_writes_is_compared_with_the_response(model: ResidentMode
     own = [text or "good" for text in write_on(model, ids, TOKENS, 5)]
     answers = [*own[:-1], "something else"]
     rows = conversations([(("user", p), (ASSISTANT, a)) for p, a in zip(PROMPTS, answers, strict=True)])
-    data = encode(model.tokenizer, rows, 64)
-    assert all(prompt_of(data, i).tolist() == one.tolist() for i, one in enumerate(ids))
-    scored = by_answers(data, rows, "text", TOKENS, How(3))
+    asked = Problems(rows, "text", TOKENS)
+    assert all(asked.prompt(model.tokenizer, i).tolist() == one.tolist() for i, one in enumerate(ids))
+    scored = by_answers(asked, How(3))
     found = scored.measure(model, model.read(), np.arange(5))
     written = [bool(text.strip()) for text in write_on(model, ids, TOKENS, 5)]
     assert found[:, 0].tolist() == [float(w) for w in written[:-1]] + [0.0]
     assert found[:, 1].tolist() == [float(w) for w in written]
+    assert found[:, 2].tolist() == [0.0] * 5
     assert scored.metric == "exact_match"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fakes import go, outcome
+from model_folders import SIZES, write_model
 from tiny_runs import assert_equal, assert_near, begin, cut_and_resumed, flat
 
 from fedrot.core.adapter import Adapter
@@ -72,6 +73,25 @@ def test_a_killed_run_of_stacks_in_two_workers_ends_in_the_same_bits(
     flags = (*SIX, "--federation.participation=0.7", *WAYS["in two workers"])
     whole, resumed = cut_and_resumed(tiny_values, tmp_path, *flags)
     assert whole == resumed
+
+
+@pytest.mark.parametrize("way", ["stacked", "packed stacks", "in two workers"])
+def test_layers_that_are_computed_again_change_no_bit(way: str, tiny_values: dict[str, Any]) -> None:
+    one, other = (
+        begin(tiny_values, *SIX, *WAYS[way], f"--local.checkpointing={again}").play(2) for again in ("false", "true")
+    )
+    assert_equal(one.adapter, other.adapter)
+    assert [r["train"] for r in one.records] == [r["train"] for r in other.records]
+
+
+def test_checkpointing_is_refused_before_a_run_where_the_layers_cannot_be_told(
+    tiny_values: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    albert = write_model(tmp_path, "albert", tiny_model, **SIZES["bert"], embedding_size=16)
+    flags = [f"--model.path={albert}", "--lora.targets=[query]", "--compute.stack=2"]
+    assert prepare(parse_recipe(tiny_values, flags)).recipe.compute.stack == 2
+    with pytest.raises(RecipeError, match=r"local\.checkpointing.*albert"):
+        prepare(parse_recipe(tiny_values, [*flags, "--local.checkpointing=true"]))
 
 
 def test_a_change_of_the_base_reaches_every_worker(tiny_values: dict[str, Any]) -> None:
@@ -243,5 +263,5 @@ def test_how_the_arithmetic_is_done_is_said_in_a_line(tiny_values: dict[str, Any
 
     watcher = Silent()
     run(parse_recipe(tiny_values, ["--rounds=1", "--compute.stack=2"]), tmp_path / "run", watcher)
-    assert watcher.how.startswith("cpu, 1 worker of 1 thread, fp32 (the processor has")
+    assert watcher.how.startswith("cpu, 1 worker of 1 thread, fp32")
     assert watcher.how.endswith("2 clients at once, packed examples")

@@ -42,3 +42,24 @@ class CheckSettings:
 
     max_norm: float | None = None
     """Largest allowed norm of an upload's change against the broadcast (all factors and head together); null: none."""
+
+
+@dataclass(frozen=True)
+class RobustSettings:
+    """What the server does against hostile clients.
+
+    It turns every upload to the broadcast's frame itself, holds all of a round's uploads and lets the rule say what
+    reaches the mean. All rules but norm weigh uploads alike: the examples that a client claims to hold can be false.
+    """
+
+    rule: Literal["none", "norm", "median", "trimmed", "krum"] = "none"
+    """norm: changes are scaled down to a bound; median, trimmed: of every number the median, or the mean without the
+    least and the largest values; krum: the mean of the uploads whose updates lie closest to the others'."""
+    share: float = 0.2
+    """Share of a round's clients that may be hostile, between 0 and 0.5; rounded up to whole clients."""
+    bound: float | None = None
+    """norm: the largest norm of a change, factors and head together; null: robust.multiple times the round's median."""
+    multiple: float = 2.0
+    """The largest norm of a change as a multiple of the round's median. krum chooses no upload above it."""
+    chosen: int | None = None
+    """krum: how many uploads it takes; 1 is Krum's own rule. null: n - f - 2 of n with f hostile, which is the most."""

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fedrot.learning.checkpointing import layers_of
+
 Device = Literal["cpu", "cuda"]
 
 # Matrix products are at full speed from about this many rows on; more only take memory (docs/performance.md).
@@ -55,13 +57,14 @@ def memory(device: Device) -> int:
 
 
 def stack_width(
-    model: nn.Module,
+    model: Any,
     rows: float,  # rows (tokens, with their padding) of one client's step
     device: Device,
     bytes_there: int,  # for each worker
+    checkpointing: bool = False,
 ) -> int:
     """How many clients to train at once: enough for full matrix products, as far as the memory goes; at least one."""
-    fits = _MEMORY_SHARE * bytes_there / activation_bytes(model)
+    fits = _MEMORY_SHARE * bytes_there / activation_bytes(model, checkpointing)
     return max(1, int(min(_ROWS[device], fits) / max(1.0, rows)))
 
 
@@ -72,9 +75,10 @@ def even_width(clients: int, widest: int, workers: int) -> int:
     return -(-clients // min(stacks, clients))
 
 
-def activation_bytes(model: nn.Module) -> int:
+def activation_bytes(model: Any, checkpointing: bool = False) -> int:
     """About what the backward pass needs of one row: the inputs and outputs of all linear layers, half as much again
-    for what lies between them, in float32.
+    for what lies between them, in float32. With `checkpointing`: the inputs of the transformer's layers, and all that
+    of the widest one alone. Raises as `layers_of`.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -82,7 +86,12 @@ def activation_bytes(model: nn.Module) -> int:
     found: Any = getattr(model, "get_output_embeddings", None)
     last = found() if found is not None else None
 
-    def width(module: Any) -> int:
-        return sum(module.weight.shape) if isinstance(module, (nn.Linear, Conv1D)) and module is not last else 0
+    def width(part: nn.Module) -> int:
+        linear = (m for m in part.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not last)
+        return sum(sum(m.weight.shape) for m in linear)
 
-    return max(1, 6 * sum(width(module) for module in model.modules()))
+    if not checkpointing:
+        return max(1, 6 * width(model))
+    layers = layers_of(model)
+    widths = [width(layer) for layer in layers]
+    return 6 * (width(model) - sum(widths) + max(widths)) + 4 * int(model.config.hidden_size) * len(layers)

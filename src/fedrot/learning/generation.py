@@ -1,5 +1,6 @@
 """Writing on: many prompts at once, padded on the left, the likeliest token each time, with the key-value cache."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,11 +21,11 @@ def write_on(
     stop: Sequence[str] = (),
 ) -> list[str]:
     """What the model writes after each prompt, in their order: up to the end of the text, `tokens` more tokens, or one
-    of the strings `stop`, which is left out. A prompt that leaves too little of the context loses its beginning.
+    of the strings `stop`, which is left out. A prompt that leaves too little of the context loses its beginning, see
+    `cut_prompts`.
     """
     written = [""] * len(prompts)
-    longest = model.longest()
-    room = None if longest is None else max(1, longest - tokens)
+    room = _room(model, tokens)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch):
         places = order[start : start + batch]
@@ -32,6 +33,28 @@ def write_on(
         for place, text in zip(places, found, strict=True):
             written[place] = text
     return written
+
+
+def cut_prompts(model: ResidentModel, prompts: Sequence[NDArray[np.int32]], tokens: int) -> list[bool]:
+    """Which prompts are longer than the context less `tokens` for the answer."""
+    room = _room(model, tokens)
+    return [room is not None and len(prompt) > room for prompt in prompts]
+
+
+def warn_of_cut(cut: int, prompts: int) -> None:
+    """Say in the log that so many prompts were cut, if any were."""
+    if cut:
+        logging.getLogger("fedrot").warning(
+            "%d of %d prompts do not fit in the model's context beside evaluation.tokens, and lost their beginning",
+            cut,
+            prompts,
+        )
+
+
+def _room(model: ResidentModel, tokens: int) -> int | None:
+    """The most tokens of a prompt; None where the model does not say."""
+    longest = model.longest()
+    return None if longest is None else max(1, longest - tokens)
 
 
 def _batch(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from fedrot.core.adapter import Adapter
 from fedrot.core.errors import FedrotError
 from fedrot.learning.batching import shuffled_batches
+from fedrot.learning.checkpointing import recomputed
 from fedrot.learning.dropout import Key
 from fedrot.learning.encoding import Encoded
 from fedrot.learning.models import ResidentModel
@@ -81,7 +83,8 @@ def train_clients(
     # Clients that finish early are at the end, so those that still train are always the first ones of the stack.
     order = sorted(range(len(jobs)), key=lambda i: -step_count(len(jobs[i].indices), settings))
     training = _Training(model, data, [jobs[i] for i in order], settings, parts, packing)
-    with training.stack.installed():
+    again = recomputed(model.model.base_model.model) if settings.checkpointing else nullcontext()
+    with training.stack.installed(), again:
         found = training.run()
     return [result for _, result in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+# Scores whose mean over sites, by numbers of examples, is a score of all (of tokens, nearly).
+AVERAGED = frozenset({"accuracy", "loss", "token_accuracy"})
 
 
 def main_score(record: Mapping[str, Any]) -> float:

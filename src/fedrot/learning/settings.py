@@ -49,15 +49,16 @@ class LoraSettings:
 class DataSettings:
     """Where the examples come from."""
 
-    source: Literal["files", "glue", "vader", "gsm8k", "trec"] = "files"
+    source: Literal["files", "glue", "vader", "gsm8k", "trec", "codesearchnet"] = "files"
     """files: CSV, TSV, JSONL or parquet with named columns; glue: a GLUE task; vader: the VADER sentiment corpus;
-    gsm8k: school mathematics with worked answers; trec: questions by what they ask for. Of labels a classifier is made;
-    of responses, a language model is fine-tuned."""
+    gsm8k: school mathematics with worked answers; trec: questions by what they ask for; codesearchnet: functions with
+    their documentation, grouped by programming language. Of labels a classifier is made; of responses, a language model
+    is fine-tuned."""
     name: Literal["sst2", "qnli", "qqp", "rte", "mnli"] | None = None
     """The GLUE task."""
     path: str | None = None
-    """A folder: of the files below, of a GLUE task's own files, or of the unpacked VADER corpus. Null: paths as they
-    stand, the hub, or the cache."""
+    """A folder: of the files below, of a GLUE task's own files, of the unpacked VADER corpus, or of CodeSearchNet's
+    languages. Null: paths as they stand, the hub, or the cache."""
     train: str | None = None
     """File of training examples (source files)."""
     validation: str | None = None
@@ -85,8 +86,8 @@ class DataSettings:
     """Share of the training examples that is held out as the validation split where there is no validation file, and of
     every GLUE task; the choice depends on the text alone, so equal texts stay on one side."""
     generated: int | None = None
-    """Where data.path is null: so many made-up training examples of the task's form (sources glue, gsm8k and trec), to
-    try a recipe without its data; said in the log. Null: the hub."""
+    """Where data.path is null: so many made-up training examples of the task's form (sources glue, gsm8k, trec and
+    codesearchnet), to try a recipe without its data; said in the log. Null: the hub."""
     limit: int | None = None
     """At most this many training examples, drawn with the recipe's seed; null: all."""
     max_length: int = 128
@@ -96,6 +97,11 @@ class DataSettings:
     def made_up(self) -> bool:
         """Whether the examples are generated, in place of data that is not at hand."""
         return self.generated is not None and self.path is None
+
+    @property
+    def form(self) -> Literal["plain", "chat"]:
+        """The template that conversations are written down by."""
+        return self.template or ("chat" if self.messages else "plain")
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,9 @@ class LocalSettings:
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """Arithmetic of forward and backward: float32, or autocast to bfloat16 with float32 factors; auto: bf16 where the
     machine is faster at it (GPUs, processors with AMX or AVX512_BF16), else fp32, written in the resolved recipe."""
+    checkpointing: bool = False
+    """Gradient checkpointing: the backward pass computes every layer again but the last, instead of keeping what it
+    computed. Less memory for a forward pass more a step; the same results."""
 
 
 @dataclass(frozen=True)
@@ -201,3 +210,7 @@ class EvaluationSettings:
     """Answer a fixed subset of this many problems, and score the final split on the same; null: all."""
     tokens: int = 256
     """Most tokens of an answer."""
+    shots: int = 0
+    """So many worked examples of the training split before each problem, the same before all, drawn with the recipe's
+    seed: plain, with an empty line after each, so that an answer ends where another example would begin (answers text:
+    at an empty line); by the chat template, earlier turns."""

@@ -99,9 +99,9 @@ class Stack:
         """The model works with the stack's factors and heads instead of its own."""
         with ExitStack() as stack:
             for layer, module in self._model.lora_modules().items():
-                stack.enter_context(_forward_of(module, self._low_rank_forward(layer, module.get_base_layer())))
+                stack.enter_context(forward_of(module, self._low_rank_forward(layer, module.get_base_layer())))
             for name, (wrapper, head) in self._model.head_modules().items():
-                stack.enter_context(_forward_of(wrapper, self._head_forward(name, head)))
+                stack.enter_context(forward_of(wrapper, self._head_forward(name, head)))
             yield
 
     def _low_rank_forward(self, layer: str, base: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -148,7 +148,7 @@ class Stack:
 
 
 @contextmanager
-def _forward_of(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+def forward_of(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
     """`forward` in the place of the module's own."""
     module.forward = forward
     try:

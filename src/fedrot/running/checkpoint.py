@@ -45,7 +45,7 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int, spare: int | 
     tensors: dict[str, Tensor] = {}
     broadcast = checkpoint.server.broadcast
     forms = {
-        role: _pack(adapter, role, tensors)
+        role: pack_adapter(adapter, role, tensors)
         for role, adapter in (
             ("adapter", broadcast.adapter),
             ("reference", broadcast.reference),
@@ -138,7 +138,7 @@ def _load(folder: Path) -> Checkpoint:
     try:
         if folder.name != _name(state["rounds"]):
             raise ValueError("it is that of another round")
-        roles = {role: _unpack(form, role, tensors) for role, form in forms.items()}
+        roles = {role: unpack_adapter(form, role, tensors) for role, form in forms.items()}
         broadcast = Broadcast(state["rounds"], **roles)
         states = {client: _below(f"client/{number}/", tensors) for number, client in enumerate(clients)}
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
@@ -146,13 +146,15 @@ def _load(folder: Path) -> Checkpoint:
     return Checkpoint(ServerState(broadcast, _below("memory/", tensors)), states)
 
 
-def _pack(adapter: Adapter, role: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def pack_adapter(adapter: Adapter, role: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Put an adapter's tensors among `tensors`, under names of its role; the form that they are needed with."""
     tensors |= {f"{role}/{name}": tensor for name, tensor in adapter.tensors()}
     layers = {name: [pair.scale, pair.fan_in_fan_out] for name, pair in adapter.layers.items()}
     return {"layers": layers, "head": list(adapter.head), "config": dict(adapter.config)}
 
 
-def _unpack(form: Mapping[str, Any], role: str, tensors: Mapping[str, Tensor]) -> Adapter:
+def unpack_adapter(form: Mapping[str, Any], role: str, tensors: Mapping[str, Tensor]) -> Adapter:
+    """The inverse of `pack_adapter`. Raises `KeyError`, `TypeError` or `ValueError` where the form is not one."""
     layers = {
         name: LoraPair(tensors[f"{role}/layers/{name}/a"], tensors[f"{role}/layers/{name}/b"], scale, flag)
         for name, (scale, flag) in form["layers"].items()

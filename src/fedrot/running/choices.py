@@ -7,6 +7,7 @@ import numpy as np
 from fedrot.core.errors import RecipeError
 from fedrot.learning.architectures import PACKABLE
 from fedrot.learning.capacity import available_threads, devices, even_width, fast_bfloat16, memory, stack_width
+from fedrot.learning.checkpointing import layers_of
 from fedrot.learning.encoding import Encoded
 from fedrot.learning.models import ResidentModel
 from fedrot.learning.partition import Partition
@@ -30,7 +31,7 @@ def for_machine(recipe: Recipe) -> Recipe:
 
 def for_model(recipe: Recipe, model: ResidentModel, data: Encoded, partition: Partition) -> Recipe:
     """Packing, workers, threads and the width of the stack, for a recipe whose device is chosen. `RecipeError` where
-    packing was asked for and the architecture is not known.
+    packing was asked for and the architecture is not known, or checkpointing and the layers cannot be told.
     """
     asked = recipe.compute
     if asked.packing and not model.packable:
@@ -39,6 +40,8 @@ def for_model(recipe: Recipe, model: ResidentModel, data: Encoded, partition: Pa
             f"compute.packing: {kind} models cannot be packed, or attend in windows; those that can: "
             f"{', '.join(PACKABLE)}; set it to null or false"
         )
+    if recipe.local.checkpointing:
+        layers_of(model.model)
     packing = model.packable if asked.packing is None else asked.packing
     device, workers = devices(asked.device)
     sizes = [len(indices) for indices in partition.indices["train"].values()]
@@ -51,7 +54,8 @@ def for_model(recipe: Recipe, model: ResidentModel, data: Encoded, partition: Pa
         # A padded stack is as long as the longest example of any of its clients.
         tokens = float(data.lengths.mean() if packing else data.lengths.max())
         rows = min(recipe.local.batch, float(np.median(sizes))) * tokens
-        wanted = stack_width(model.model, rows, device, memory(device) // (workers if device == "cpu" else 1))
+        there = memory(device) // (workers if device == "cpu" else 1)
+        wanted = stack_width(model.model, rows, device, there, recipe.local.checkpointing)
         width = even_width(clients, min(wanted, 1024), workers)
     threads = asked.threads or max(1, available_threads() // workers)
     return replace(recipe, compute=replace(asked, packing=packing, workers=workers, stack=width, threads=threads))

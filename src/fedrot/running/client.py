@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from fedrot.core.adapter import Adapter, part_of
 from fedrot.core.alignment import Rotations, rotate
+from fedrot.core.compression import Compressed, compress
 from fedrot.core.diagnostics import measured
 from fedrot.core.drift import client_drift
+from fedrot.core.errors import AdapterError
 from fedrot.core.methods.base import Broadcast, ClientState, Method, Seat, Upload
+from fedrot.core.packed import Layout
 from fedrot.core.ranks import Frames, cut, pad
 from fedrot.core.seeding import generator
 from fedrot.learning.encoding import Encoded
@@ -21,7 +24,7 @@ from fedrot.learning.local import Job, LocalFailure, LocalResult, train_clients
 from fedrot.learning.models import ResidentModel
 from fedrot.running.recipe import Recipe
 
-HEAD, METHOD, VARIATE = "head/", "method/", "variate/"  # prefixes of what a client keeps
+HEAD, METHOD, VARIATE, LOST = "head/", "method/", "variate/", "lost/"  # prefixes of what a client keeps
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Round:
     upload: Upload
     kept: ClientState
     trained: Adapter  # its factors before the method made an upload of them, at the global rank
+    payload: Tensor | None = None  # (bytes,) what travels for `upload.adapter`, where uploads are compressed
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Begun:
     frames: Frames | None  # of a client of a smaller rank
     variate: "_Variate | None"
     job: Job
+    lost: ClientState = field(default_factory=dict)  # by flat name: what compression lost of earlier uploads
 
 
 def begin_round(client: ClientData, broadcast: Broadcast, state: ClientState, recipe: Recipe) -> Begun:
@@ -65,7 +70,7 @@ def begin_round(client: ClientData, broadcast: Broadcast, state: ClientState, re
     first = cut(start, frames, recipe.lora.scale(rank)) if frames else start
     key = (recipe.seed, broadcast.round, client.name)
     job = Job(first, client.indices, key, variate.correction() if variate else None)
-    return Begun(client, seat, start, frames, variate, job)
+    return Begun(client, seat, start, frames, variate, job, lost=_below(LOST, state))
 
 
 def train_begun(
@@ -78,7 +83,9 @@ def train_begun(
 
 
 def finish_round(begun: Begun, local: LocalResult, broadcast: Broadcast, recipe: Recipe, seconds: float) -> Round:
-    """What a client makes of its trained adapter; `seconds` are what training it took."""
+    """What a client makes of its trained adapter; `seconds` are what training it took. Raises `LocalFailure` where it
+    cannot be compressed.
+    """
     name, start, frames, variate = begun.client.name, begun.start, begun.frames, begun.variate
     trained = pad(local.adapter, frames, start) if frames else local.adapter
     ended = time.perf_counter()
@@ -95,18 +102,39 @@ def finish_round(begun: Begun, local: LocalResult, broadcast: Broadcast, recipe:
     if variate:
         own, change = variate.after(local.gradient, result.rotation, parts)
         kept |= {VARIATE + name: tensor for name, tensor in own.items()}
+    sent, payload = only_travelling(result.adapter, broadcast.adapter, parts), None
+    spent = {"train": seconds, "align": aligned - ended, "diagnose": done - aligned}
+    if recipe.federation.compression != "none":
+        since = time.perf_counter()
+        made = _compressed(begun, sent, broadcast, recipe)
+        sent, payload = made.adapter, made.payload
+        if recipe.federation.feedback:
+            # Parts that did not travel in this round keep what they lost in an earlier one.
+            kept |= {LOST + name: tensor for name, tensor in {**begun.lost, **made.lost}.items()}
+        spent["compress"] = time.perf_counter() - since
     upload = Upload(
         client=name,
-        adapter=only_travelling(result.adapter, broadcast.adapter, parts),
+        adapter=sent,
         held=len(begun.client.indices),
         used=local.used,
         rotation=result.rotation,
         metrics={"loss": local.loss, "steps": local.steps, "tokens": local.tokens},
         layers=drift,
-        seconds={"train": seconds, "align": aligned - ended, "diagnose": done - aligned},
+        seconds=spent,
         variate=change,
     )
-    return Round(upload, kept, trained)
+    return Round(upload, kept, trained, payload)
+
+
+def _compressed(begun: Begun, adapter: Adapter, broadcast: Broadcast, recipe: Recipe) -> Compressed:
+    """What travels of an adapter, and what the server makes of it."""
+    layout = Layout.of(broadcast.adapter, travelling_parts(recipe, broadcast.round))
+    lost = begun.lost if recipe.federation.feedback else None
+    rng = generator(*begun.job.key, "compress")
+    try:
+        return compress(adapter, broadcast.adapter, layout, recipe.federation.compression, rng, lost)
+    except AdapterError as problem:
+        raise LocalFailure(str(problem)) from None
 
 
 def play_clients(
@@ -123,8 +151,11 @@ def play_clients(
     for one, local in zip(begun, results, strict=True):
         if isinstance(local, LocalFailure):
             yield one.client.name, local
-        else:
+            continue
+        try:
             yield one.client.name, finish_round(one, local, broadcast, recipe, share)
+        except LocalFailure as problem:
+            yield one.client.name, problem
 
 
 def client_round(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedrot.core.adapter import Adapter
@@ -16,7 +17,10 @@ from fedrot.learning.models import ResidentModel
 from fedrot.learning.partition import Partition, divide
 from fedrot.learning.settings import DataSettings
 from fedrot.learning.sources.read import read_dataset
+from fedrot.learning.strata import by_label
 from fedrot.learning.tasks import classification, generation
+from fedrot.learning.tasks.answers import Problems
+from fedrot.learning.tasks.shots import drawn_shots
 from fedrot.running.choices import for_machine, for_model
 from fedrot.running.recipe import Recipe
 
@@ -57,12 +61,25 @@ def divided(recipe: Recipe) -> tuple[Dataset, Partition]:
 def prepare(recipe: Recipe) -> Prepared:
     """Read and divide the data, load the model, encode the splits that are used, choose what the recipe leaves open."""
     recipe = for_machine(recipe)
-    dataset, partition = divided(recipe)
+    return _loaded(recipe, *divided(recipe))
+
+
+def prepare_site(recipe: Recipe, name: str) -> Prepared:
+    """The same for a site whose data is all one client's, whatever the recipe's partition is."""
+    recipe = for_machine(recipe)
+    dataset = read_dataset(recipe.data, recipe.seed)
+    everything = {split: {name: np.arange(len(rows))} for split, rows in dataset.splits.items()}
+    return _loaded(recipe, dataset, Partition((name,), everything, by_label(dataset)))
+
+
+def _loaded(recipe: Recipe, dataset: Dataset, partition: Partition) -> Prepared:
+    if recipe.evaluation.answers != "none":  # what cannot be asked is refused before anything slow is done
+        if dataset.labels:
+            raise RecipeError("evaluation.answers: these examples have labels and no answers to write; set it to none")
+        problems(recipe, dataset, recipe.evaluation.final or recipe.evaluation.split)
     model = load_model(recipe.model, recipe.lora, dataset.labels, recipe.seed)
     if recipe.compute.device == "cuda":
         model.to(torch.device("cuda", 0))
-    if recipe.evaluation.answers != "none" and not model.causal:
-        raise RecipeError("evaluation.answers: these examples have labels and no answers to write; set it to none")
     longest = model.longest()
     if longest is not None and recipe.data.max_length > longest:
         raise DataError(f"data.max_length is {recipe.data.max_length}, {recipe.model.path} has {longest} positions")
@@ -79,8 +96,16 @@ def _encoded(settings: DataSettings, model: ResidentModel, rows: Rows) -> Encode
     """A split as the model takes it in."""
     if rows.turns is None:
         return classification.encode(model.tokenizer, rows, settings.max_length)
-    template = settings.template or ("chat" if settings.messages else "plain")
-    return generation.encode(model.tokenizer, rows, settings.max_length, template)
+    return generation.encode(model.tokenizer, rows, settings.max_length, settings.form)
+
+
+def problems(recipe: Recipe, dataset: Dataset, split: str) -> Problems:
+    """What the recipe asks of a split's conversations. `DataError` where it wants more worked examples than there are,
+    or where an answer could not be told from what follows it.
+    """
+    settings = recipe.evaluation
+    shots = drawn_shots(dataset.split("train"), settings.shots, recipe.seed)
+    return Problems(dataset.split(split), settings.answers, settings.tokens, recipe.data.form, shots)
 
 
 def first_adapter(recipe: Recipe, model: ResidentModel) -> Adapter:

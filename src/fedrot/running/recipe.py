@@ -21,7 +21,7 @@ from fedrot.learning.settings import (
     ModelSettings,
     PartitionSettings,
 )
-from fedrot.running.settings import CheckpointSettings, FederationSettings, TrackingSettings
+from fedrot.running.settings import CheckpointSettings, FederationSettings, PrivacySettings, TrackingSettings
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Recipe:
     method: Method = field(default_factory=FedRot)
     server: ServerSettings = field(default_factory=ServerSettings)
     checks: CheckSettings = field(default_factory=CheckSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
     diagnostics: DiagnosticsSettings = field(default_factory=DiagnosticsSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -91,6 +92,7 @@ SECTIONS: dict[str, type] = {
     "federation": FederationSettings,
     "server": ServerSettings,
     "checks": CheckSettings,
+    "privacy": PrivacySettings,
     "diagnostics": DiagnosticsSettings,
     "evaluation": EvaluationSettings,
     "checkpoint": CheckpointSettings,
@@ -158,7 +160,13 @@ def _rules(r: Recipe) -> Iterator[tuple[str, bool, str]]:
     yield "server.epsilon", 0 < r.server.epsilon < inf, "positive"
     yield "federation.participation", 0 < r.federation.participation <= 1, "in (0, 1]"
     yield "federation.quorum", 0 < r.federation.quorum <= 1, "in (0, 1]"
+    deadline = r.federation.deadline
+    yield "federation.deadline", deadline is None or 0 < deadline < inf, "positive, or null"
     yield "checks.max_norm", r.checks.max_norm is None or 0 < r.checks.max_norm < inf, "positive, or null"
+    yield "privacy.clip", r.privacy.clip is None or 0 < r.privacy.clip < inf, "positive, or null"
+    yield "privacy.noise", r.privacy.noise is None or 0 <= r.privacy.noise < inf, "at least 0, or null"
+    yield "privacy.delta", r.privacy.delta is None or 0 < r.privacy.delta < 1, "between 0 and 1, or null"
+    yield "privacy.budget", r.privacy.budget is None or 0 < r.privacy.budget < inf, "positive, or null"
     yield "diagnostics.every", r.diagnostics.every >= 0, "at least 0"
     yield "diagnostics.exact_clients", r.diagnostics.exact_clients >= 0, "at least 0"
     yield "diagnostics.sketch_width", 1 <= r.diagnostics.sketch_width <= 4096, "from 1 to 4096"
@@ -167,6 +175,7 @@ def _rules(r: Recipe) -> Iterator[tuple[str, bool, str]]:
     yield "evaluation.batch", r.evaluation.batch >= 1, "at least 1"
     yield "evaluation.problems", r.evaluation.problems is None or r.evaluation.problems >= 1, "at least 1, or null"
     yield "evaluation.tokens", r.evaluation.tokens >= 1, "at least 1"
+    yield "evaluation.shots", r.evaluation.shots >= 0, "at least 0"
     yield "checkpoint.keep", r.checkpoint.keep >= 1, "at least 1"
 
 
@@ -182,7 +191,7 @@ def _cross_checks(r: Recipe) -> None:
         raise RecipeError("data.name: give the GLUE task (source glue): sst2, qnli, qqp, rte or mnli")
     if r.data.source == "files" and r.data.train is None:
         raise RecipeError("data.train: give the file of training examples (source files)")
-    if r.data.generated is not None and r.data.source not in ("glue", "gsm8k", "trec"):
+    if r.data.generated is not None and r.data.source not in ("glue", "gsm8k", "trec", "codesearchnet"):
         raise RecipeError(f"data.generated: there are no made-up examples for data.source {r.data.source}")
     if r.data.response and r.data.messages:
         raise RecipeError("data: give data.response or data.messages, not both")
@@ -205,7 +214,13 @@ def _cross_checks(r: Recipe) -> None:
             f"evaluation.choose: the best round on {r.evaluation.split!r} would be reported on the same examples; set "
             "evaluation.final to another split, or to null"
         )
+    if r.evaluation.shots and r.evaluation.answers == "none":
+        raise RecipeError("evaluation.shots: they come before problems that are answered; set evaluation.answers")
+    if r.evaluation.shots and (r.evaluation.final or r.evaluation.split) == "train":
+        raise RecipeError("evaluation.shots: they are taken from train, whose problems are asked; choose another split")
     _method_checks(r)
+    if r.privacy.mode != "none":
+        _privacy_checks(r)
 
 
 def _method_checks(r: Recipe) -> None:
@@ -234,6 +249,24 @@ def _method_checks(r: Recipe) -> None:
             "uploads sketches, whose norm says nothing about the update",
         ),
         (
+            r.federation.compression != "none",
+            "federation.compression",
+            lambda c: not (c.second_phase or c.pooled),
+            "does not upload a change of the factors that were broadcast",
+        ),
+        (
+            r.federation.compression != "none" and r.federation.feedback,
+            "federation.feedback",
+            lambda c: c.keeps_frame,
+            "broadcasts in a new frame each round, where what was lost means nothing; set federation.feedback false",
+        ),
+        (
+            r.privacy.mode != "none",
+            "privacy.mode",
+            lambda c: c.private,
+            "makes more of clients' data than a sum of their changes, and that sum is all that clip and noise protect",
+        ),
+        (
             has.changes_base and half,
             "model.dtype",
             lambda c: not c.changes_base,
@@ -250,3 +283,48 @@ def _method_checks(r: Recipe) -> None:
             f"method.name: {r.method.name} has one client, which holds everything; set lora.head shared and "
             "federation.participation 1"
         )
+
+
+def _privacy_checks(r: Recipe) -> None:
+    """Refuse what clipping and noise do not make private, with the reason."""
+    mode, method = r.privacy.mode, r.method
+    for key in ("clip", "noise", "delta"):
+        if getattr(r.privacy, key) is None:
+            raise RecipeError(f"privacy.{key}: give it for privacy.mode {mode}; docs/privacy.md says how it is chosen")
+    counts = "counts of private examples, by which one client's change could weigh more than privacy.clip allows"
+    if method.weighting not in (None, "uniform"):
+        raise RecipeError(f"privacy.mode: method {method.name} weights clients by {counts}; choose another method")
+    for refused, key, why in (
+        (
+            method.weighting is None and r.federation.weighting != "uniform",
+            "federation.weighting",
+            f"{r.federation.weighting} weights clients by {counts}; set it to uniform",
+        ),
+        (
+            r.local.scaffold,
+            "local.scaffold",
+            "control variates travel beside the change, and are neither clipped nor noised; set it to false",
+        ),
+        (
+            r.lora.head == "personal",
+            "lora.head",
+            "heads of the clients' own are learnt without noise and are a part of the result; set it to shared or frozen",
+        ),
+        (
+            r.evaluation.choose == "best",
+            "evaluation.choose",
+            "which round scored best depends on examples that no noise protects; set it to last",
+        ),
+        (
+            r.privacy.budget is not None and r.privacy.noise == 0,
+            "privacy.budget",
+            "without noise epsilon is infinite from the first round; give privacy.noise, or set the budget to null",
+        ),
+        (
+            mode == "local" and r.checks.max_norm is not None,
+            "checks.max_norm",
+            "noise is most of an upload's norm, and privacy.clip bounds the rest; set it to null",
+        ),
+    ):
+        if refused:
+            raise RecipeError(f"{key}: with privacy.mode {mode}, {why}")

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedrot.core.adapter import Adapter
+from fedrot.core.compression import Codec, payload_bytes
 from fedrot.core.diagnostics import AggregationErrors
 from fedrot.core.drift import summarise_drift
-from fedrot.core.methods.base import ALL_PARTS, Broadcast
+from fedrot.core.methods.base import ALL_PARTS, Broadcast, Upload
+from fedrot.core.packed import Layout
 from fedrot.learning.scores import LOWER_IS_BETTER
 
 
@@ -50,6 +52,16 @@ def broadcast_bytes(broadcast: Broadcast, head: bool) -> int:
     parts = ALL_PARTS if head else ALL_PARTS - {"head"}
     extras = (broadcast.reference, broadcast.base_step, broadcast.variate)
     return sum(adapter.bytes(parts) for adapter in (broadcast.adapter, *extras) if adapter is not None)
+
+
+def upload_bytes(upload: Upload, parts: frozenset[str], codec: Codec) -> int:
+    """Bytes that one client sends: `parts` of the adapter as the codec packs them; rotations and the control variate as
+    they are.
+    """
+    adapter = upload.adapter
+    sent = adapter.bytes(parts) if codec == "none" else payload_bytes(Layout.of(adapter, parts), codec)
+    variate = 0 if upload.variate is None else upload.variate.bytes(parts)
+    return sent + variate + sum(r.numel() * r.element_size() for r in upload.rotation.values())
 
 
 def add_diagnostics(record: dict[str, Any], errors: AggregationErrors | None, uploads: Mapping[str, Seen]) -> None:

@@ -20,7 +20,7 @@ from fedrot.running.checkpoint import Checkpoint
 from fedrot.running.client import travelling_parts
 from fedrot.running.engine import Engine, Failure
 from fedrot.running.recipe import Recipe
-from fedrot.running.records import Seen, add_diagnostics, broadcast_bytes, outcome_of, round_record
+from fedrot.running.records import Seen, add_diagnostics, broadcast_bytes, outcome_of, round_record, upload_bytes
 from fedrot.running.settings import drawn_count
 
 
@@ -228,8 +228,7 @@ def collect(
     for result in results:
         reason = _take_in(recipe, broadcast.adapter, result, collected)
         if reason is None and isinstance(result, Upload):
-            rotation = sum(r.numel() * r.element_size() for r in result.rotation.values())
-            collected.bytes_up += result.adapter.bytes(parts) * (1 if result.variate is None else 2) + rotation
+            collected.bytes_up += upload_bytes(result, parts, recipe.federation.compression)
         watcher.client_done(result.client, reason)
     return collected
 

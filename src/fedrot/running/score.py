@@ -10,10 +10,11 @@ from fedrot.core.errors import RunError
 from fedrot.learning.capacity import available_threads
 from fedrot.learning.evaluation import Evaluation, How, chosen_rows, evaluate
 from fedrot.learning.fetch import fetched
+from fedrot.learning.generation import warn_of_cut
 from fedrot.learning.loading import load_model
 from fedrot.learning.tasks.answers import by_answers
 from fedrot.running.choices import for_machine
-from fedrot.running.prepare import prepare
+from fedrot.running.prepare import prepare, problems
 from fedrot.running.recipe import Recipe
 from fedrot.running.workers import Workers
 
@@ -34,15 +35,16 @@ def score_adapter(
     _check_limit(limit)
     adapter = Adapter.load(path)
     chosen = split or recipe.evaluation.final or recipe.evaluation.split
-    recipe = replace(recipe, evaluation=replace(recipe.evaluation, split=chosen, final=None))
+    settings = replace(recipe.evaluation, split=chosen, final=None)
+    recipe = replace(recipe, evaluation=settings if answers else replace(settings, answers="none", shots=0))
     ready = prepare(recipe)
-    data, settings, precision = ready.encoded[chosen], recipe.evaluation, ready.recipe.local.precision
+    data, precision = ready.encoded[chosen], ready.recipe.local.precision
     rows = chosen_rows(len(data), limit, recipe.seed, chosen)
     how = How(settings.batch, precision, bool(ready.recipe.compute.packing))
     scored = None
     if answers:
-        scored = by_answers(data, ready.dataset.splits[chosen], settings.answers, settings.tokens, how)
-    return evaluate(
+        scored = by_answers(problems(recipe, ready.dataset, chosen), how)
+    found = evaluate(
         Workers(ready.model, ready.recipe.compute).map,
         {"": ready.model.fit(adapter, where=str(path), any_rank=True)},
         data,
@@ -52,12 +54,16 @@ def score_adapter(
         how,
         scored,
     )
+    if answers:
+        warn_of_cut(round(found.scores["cut"] * found.examples), found.examples)
+    return found
 
 
 def gsm8k_values(recipe: Recipe) -> dict[str, Any]:
     """The recipe's values with GSM8K's test problems as its data, whatever it was trained on."""
     values = recipe.to_dict()
-    values["data"] = {"source": "gsm8k", "max_length": max(512, recipe.data.max_length)}
+    longest = max(512, recipe.data.max_length)
+    values["data"] = {"source": "gsm8k", "max_length": longest, "template": recipe.data.form}
     values["partition"] = {"kind": "iid", "clients": 1}
     values["evaluation"] |= {"split": "test", "final": None, "answers": "number"}
     return values

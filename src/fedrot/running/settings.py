@@ -20,6 +20,37 @@ class FederationSettings:
     """A client's weight: the examples that it holds, the rows that it processed in the round, or all alike."""
     quorum: float = 0.5
     """Share of the drawn clients whose uploads must be usable; with fewer the run stops, its last good state kept."""
+    deadline: float | None = None
+    """Seconds that a round waits for its uploads where clients are at sites of their own; null: until all are there."""
+    compression: Literal["none", "bf16", "int8"] = "none"
+    """How a client sends the change of its factors and head: bf16 rounds it to 2 bytes a number; int8 to one byte,
+    without bias by stochastic rounding, with a scale for each component of the rank. Nothing else is compressed."""
+    feedback: bool = True
+    """Error feedback where uploads are compressed: a client keeps what rounding lost and adds it to its next change."""
+
+
+@dataclass(frozen=True)
+class PrivacySettings:
+    """Differential privacy of whole clients (docs/privacy.md). Needs the extra `privacy` for the accounting."""
+
+    mode: Literal["none", "central", "local"] = "none"
+    """central: the server clips each client's change and adds noise to their sum, so what it releases, the adapters,
+    says little of any one client. The server itself is trusted: it sees uploads, and metrics.jsonl and the report are
+    for its eyes. local: each client adds noise to its own change and sends nothing else, so nobody need be trusted;
+    far more noise reaches the mean, and there are no diagnostics and no training loss."""
+    clip: float | None = None
+    """C, the bound on the L2 norm of a client's change of factors and head together, after alignment."""
+    noise: float | None = None
+    """z, the noise multiplier: the noise's standard deviation is z C, on the sum of all changes (central) or on each
+    client's own (local). 0: changes are clipped, and nothing is promised."""
+    delta: float | None = None
+    """The probability, about, with which epsilon may fail to hold: well below one over the number of clients."""
+    budget: float | None = None
+    """The run ends before the round that would bring epsilon above this; null: after the rounds that were asked for."""
+    secure: bool = False
+    """true: noise, and who takes part, come from the operating system's generator; the run cannot be repeated. false:
+    from the recipe's seed, as everything in a simulation does; whoever has the recipe can take such noise off, so a
+    deployment must set it to true."""
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ import numpy as np
 from fedrot.core.adapter import Adapter
 from fedrot.core.methods.base import Broadcast, ClientState, Upload
 from fedrot.learning.evaluation import Evaluation, How, chosen_rows, evaluate
+from fedrot.learning.generation import warn_of_cut
 from fedrot.learning.local import LocalFailure
 from fedrot.learning.models import ResidentModel
 from fedrot.learning.tasks.answers import by_answers
 from fedrot.running.client import ClientData, Round, own_model, play_clients
 from fedrot.running.engine import Failure
-from fedrot.running.prepare import Prepared
+from fedrot.running.prepare import Prepared, problems
 from fedrot.running.recipe import Recipe
 from fedrot.running.workers import Item, Result, Workers
 
@@ -46,7 +47,12 @@ class Simulation:
         return sorted(self._data)
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Upload | Failure]:
-        """One round of local training, as many clients at once as a stack has."""
+        """One round of local training."""
+        for _, made in self.rounds(broadcast, clients):
+            yield made.upload if isinstance(made, Round) else made
+
+    def rounds(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[tuple[str, Round | Failure]]:
+        """What each client makes of a round, as many at once as a stack has."""
         self._pending, self._asked = {}, {}
         # Stacks of like width, so that workers end together.
         count = -(-len(clients) // (self._recipe.compute.stack or 1))
@@ -59,12 +65,12 @@ class Simulation:
         for stack in self._map(broadcast, work, stacks):
             for name, made in stack:
                 if isinstance(made, LocalFailure):
-                    yield Failure(name, str(made))
+                    yield name, Failure(name, str(made))
                     continue
                 self._pending[name] = made.kept
                 if self._recipe.method.capabilities.second_phase:
                     self._asked[name] = made
-                yield made.upload
+                yield name, made
 
     def answer(self, question: Adapter, clients: Sequence[str]) -> Iterator[Upload | Failure]:
         """Every client's answer, from the factors that it trained in this round."""
@@ -88,13 +94,15 @@ class Simulation:
 
     def answers(self, broadcast: Broadcast, split: str) -> Evaluation:
         """Score what the model writes on fixed problems of the split."""
-        settings, data, rows = self._recipe.evaluation, self._encoded[split], self._dataset.splits[split]
+        settings, data = self._recipe.evaluation, self._encoded[split]
         adapters = self._adapters(broadcast)
         chosen = chosen_rows(len(data), settings.problems, self._recipe.seed, split)
         how = How(settings.batch, self._recipe.local.precision)
-        scored = by_answers(data, rows, settings.answers, settings.tokens, how)
+        scored = by_answers(problems(self._recipe, self._dataset, split), how)
         spread, parts = partial(self._map, broadcast), self._partition.indices[split]
-        return evaluate(spread, adapters, data, split, parts, chosen, how, scored)
+        found = evaluate(spread, adapters, data, split, parts, chosen, how, scored)
+        warn_of_cut(round(found.scores["cut"] * found.examples), found.examples)
+        return found
 
     def _adapters(self, broadcast: Broadcast) -> dict[str, Adapter]:
         """What is scored: the global adapter, or each client's own."""

@@ -44,6 +44,8 @@ class Capabilities:
     """The server asks the clients a second question in the same round, and uploads are not the clients' factors."""
     server_optimizer: bool = True
     """The averaged change may go through a server optimizer; only where the reduction is 'sum'."""
+    keeps_frame: bool = True
+    """The next broadcast is in the frame of this one, so that what a client keeps of its factors keeps its meaning."""
     reports_turn: bool = True
     """What a client did to its factors after training is known from the rotation that it reports."""
     standalone: bool = True
@@ -61,6 +63,11 @@ class Capabilities:
         """SCAFFOLD's control variates keep their meaning: one frame and one set of parameters for all rounds."""
         lost = self.second_phase or self.personal or self.pooled or not self.reports_turn
         return self.reduction == "sum" and not lost
+
+    @property
+    def private(self) -> bool:
+        """All that the server learns of a client is its term of a sum, which a clip and noise can bound."""
+        return self.reduction == "sum" and not (self.second_phase or self.personal or self.pooled)
 
     def takes(self) -> list[str]:
         """What can be combined with it, in short words."""

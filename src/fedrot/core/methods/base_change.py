@@ -1,6 +1,6 @@
 """Exact methods that put into the base weights what a rank-r adapter cannot hold."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -65,6 +65,7 @@ class FLoRA(_ChangesBase):
 
     name: ClassVar[str] = "flora"
     paper: ClassVar[str] = "arXiv 2409.05976"
+    capabilities: ClassVar[Capabilities] = replace(_ChangesBase.capabilities, keeps_frame=False)
 
     def server(self, state: ServerState, reduced: Reduced, rng: torch.Generator) -> ServerState:
         """Everything into the base; fresh factors."""

@@ -23,7 +23,7 @@ class FlexLoRA(Method):
 
     name: ClassVar[str] = "flexlora"
     paper: ClassVar[str] = "arXiv 2402.11505"
-    capabilities: ClassVar[Capabilities] = Capabilities(reduction="factors")
+    capabilities: ClassVar[Capabilities] = Capabilities(reduction="factors", keeps_frame=False)
 
     def server(self, state: ServerState, reduced: Reduced, rng: torch.Generator) -> ServerState:
         """(U S / s, V^T) for every layer."""

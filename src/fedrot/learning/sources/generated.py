@@ -1,5 +1,6 @@
 """Made-up examples of a task's form, to try a recipe where its data is not at hand. They say nothing of the task."""
 
+import itertools
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -7,7 +8,7 @@ from collections.abc import Callable, Sequence
 from fedrot.core.seeding import seed_of
 from fedrot.learning.data import ASSISTANT, Dataset, Rows, conversations, hold_out
 from fedrot.learning.settings import DataSettings
-from fedrot.learning.sources import glue, trec
+from fedrot.learning.sources import codesearchnet, glue, trec
 
 _GOOD = ("bright", "charming", "clever", "fine", "good", "great", "happy", "lovely", "superb", "warm")
 _BAD = ("awful", "bad", "bleak", "boring", "clumsy", "cold", "dull", "poor", "sad", "weak")
@@ -40,6 +41,9 @@ def _rows(settings: DataSettings, split: str, count: int) -> Rows:
     rng = random.Random(seed_of("generated", settings.name or settings.source, split))
     if settings.source == "gsm8k":
         return conversations([_sum(rng) for _ in range(count)])
+    if settings.source == "codesearchnet":
+        languages = itertools.islice(itertools.cycle(_FUNCTIONS), count)
+        return codesearchnet.rows([_function(rng, language) for language in languages], "made up")
     labels = range(len(_labels(settings)))
     if settings.source == "trec":
         asked = [rng.choice(labels) for _ in range(count)]
@@ -58,6 +62,13 @@ def _sum(rng: random.Random) -> Sequence[tuple[str, str]]:
         ASSISTANT,
         f" {name} has {a} + {b} = <<{a}+{b}={a + b}>>{a + b} {thing}s.\n#### {a + b}",
     )
+
+
+def _function(rng: random.Random, language: str) -> codesearchnet.Function:
+    sign, verb = rng.choice(list(_VERBS.items()))
+    thing, number = rng.choice(_THINGS), rng.randint(2, 60)
+    code = _FUNCTIONS[language].format(verb=verb, thing=thing, title=thing.title(), sign=sign, number=number)
+    return language, f"{verb.title()} the {thing} by {number}.", code
 
 
 def _opinion(rng: random.Random, label: int) -> tuple[str, str]:
@@ -91,6 +102,17 @@ _PAIRS: dict[str, Callable[[random.Random, int], tuple[str, str]]] = {
     "qqp": _asked_twice,
     "rte": _entailed,
     "mnli": _entailed,
+}
+
+_VERBS = {"+": "raise", "-": "lower", "*": "multiply", "/": "divide"}
+# A function of each of CodeSearchNet's languages.
+_FUNCTIONS = {
+    "go": "func {verb}{title}({thing} int) int {{\n\treturn {thing} {sign} {number}\n}}",
+    "java": "int {verb}{title}(int {thing}) {{\n    return {thing} {sign} {number};\n}}",
+    "javascript": "function {verb}{title}({thing}) {{\n  return {thing} {sign} {number};\n}}",
+    "php": "function {verb}{title}(${thing}) {{\n    return ${thing} {sign} {number};\n}}",
+    "python": "def {verb}_{thing}({thing}):\n    return {thing} {sign} {number}",
+    "ruby": "def {verb}_{thing}({thing})\n  {thing} {sign} {number}\nend",
 }
 
 # TREC's labels in their order, and a question that asks for each.

@@ -7,6 +7,7 @@ from typing import Any
 from fedrot.core.errors import DataError, choices
 from fedrot.learning.data import Dataset, Rows, hold_out
 from fedrot.learning.settings import DataSettings
+from fedrot.learning.sources import hub
 from fedrot.learning.sources.tables import SUFFIXES, Table, read_table, text_column
 
 HUB = "nyu-mll/glue"
@@ -90,15 +91,7 @@ def _local(folder: Path, task: Task) -> dict[str, tuple[Table, Path]]:
 
 def hub_tables(repository: str, name: str) -> dict[str, tuple[Table, Path]]:
     """The task's splits through `datasets`; `repository` may be a local copy of the hub's repository."""
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(repository, name)
-    except Exception as problem:  # the library raises many kinds, offline ones among them
-        reason = " ".join(str(problem).split())[:200]
-        raise DataError(
-            f"{repository}: {name} could not be loaded ({reason}); give data.path, a folder with the task's files"
-        ) from None
+    loaded = hub.load(repository, name, "a folder with the task's files")
     where = Path(repository) / name
     tables: dict[str, tuple[Table, Path]] = {}
     for split, names in _SPLITS.items():

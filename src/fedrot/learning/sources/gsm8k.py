@@ -5,6 +5,7 @@ from pathlib import Path
 from fedrot.core.errors import DataError
 from fedrot.learning.data import ASSISTANT, Dataset, Rows, conversations, hold_out
 from fedrot.learning.settings import DataSettings
+from fedrot.learning.sources import hub
 from fedrot.learning.sources.tables import SUFFIXES, Table, read_table, text_column
 
 HUB = "openai/gsm8k"
@@ -35,15 +36,7 @@ def _local(folder: Path) -> dict[str, tuple[Table, Path]]:
 
 
 def _hub() -> dict[str, tuple[Table, Path]]:
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(HUB, "main")
-    except Exception as problem:  # the library raises many kinds, offline ones among them
-        reason = " ".join(str(problem).split())[:200]
-        raise DataError(
-            f"{HUB}: could not be loaded ({reason}); give data.path, a folder with train.jsonl and test.jsonl"
-        ) from None
+    loaded = hub.load(HUB, "main", "a folder with train.jsonl and test.jsonl")
     return {s: ({c: list(loaded[s][c]) for c in loaded[s].column_names}, Path(HUB) / s) for s in ("train", "test")}
 
 

@@ -8,9 +8,16 @@ from fedrot.core.errors import DataError
 from fedrot.core.seeding import generator
 from fedrot.learning.data import Dataset
 from fedrot.learning.settings import DataSettings
-from fedrot.learning.sources import conversations, files, generated, glue, gsm8k, trec, vader
+from fedrot.learning.sources import codesearchnet, conversations, files, generated, glue, gsm8k, trec, vader
 
-_SOURCES = {"files": files.read, "glue": glue.read, "vader": vader.read, "gsm8k": gsm8k.read, "trec": trec.read}
+_SOURCES = {
+    "files": files.read,
+    "glue": glue.read,
+    "vader": vader.read,
+    "gsm8k": gsm8k.read,
+    "trec": trec.read,
+    "codesearchnet": codesearchnet.read,
+}
 
 
 def read_dataset(settings: DataSettings, seed: int) -> Dataset:

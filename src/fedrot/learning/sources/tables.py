@@ -3,7 +3,7 @@
 import csv
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,8 @@ def _parquet(path: Path) -> Table:
     return table
 
 
-def _jsonl(path: Path, file: Any) -> Table:
-    rows: list[dict[str, Any]] = []
+def json_objects(path: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The object of every line of a JSONL file but the empty ones, with its number; `DataError` naming the line."""
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
@@ -72,7 +72,11 @@ def _jsonl(path: Path, file: Any) -> Table:
             raise DataError(f"{path}: line {number} is not valid JSON ({problem.msg})") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}: line {number} holds a {type(row).__name__}, not an object")
-        rows.append(row)
+        yield number, row
+
+
+def _jsonl(path: Path, file: Iterable[str]) -> Table:
+    rows = [row for _, row in json_objects(path, file)]
     if not rows:
         raise DataError(f"{path}: the file is empty")
     names = list(dict.fromkeys(name for row in rows for name in row))

@@ -7,11 +7,12 @@ tokenizer's own template. It is scored by the loss of the tokens that are learnt
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedrot.core.errors import DataError
@@ -37,7 +38,7 @@ def encode(tokenizer: Any, rows: Rows, max_length: int, template: Template = "pl
     learnt: list[np.ndarray[Any, np.dtype[np.bool_]]] = []
     cut = 0
     for turns in rows.turns or ():
-        ids, mask = _joined(tokenizer, list(turns), template)
+        ids, mask = _joined(tokenizer, _pieces(tokenizer, turns, template), template)
         if len(ids) > max_length:
             cut += 1
             ids, mask = _shortened(ids, mask, max_length)
@@ -53,7 +54,17 @@ def encode(tokenizer: Any, rows: Rows, max_length: int, template: Template = "pl
     return Encoded(np.concatenate(tokens), None, offsets, labels, pad, np.concatenate(learnt), cut)
 
 
-def _joined(tokenizer: Any, turns: Sequence[Turn], template: Template) -> tuple[list[int], list[bool]]:
+def prompt_of(tokenizer: Any, asked: Sequence[Turn], template: Template) -> NDArray[np.int32]:
+    """The tokens that an answer to these turns comes after, however many they are."""
+    if template == "chat":
+        pieces = [(_templated(tokenizer, _messages(asked), True), False)]
+    else:
+        pieces = list(_pieces(tokenizer, asked, template))
+    ids, mask = _joined(tokenizer, [*pieces, (tokenizer.eos_token, True)], template)
+    return np.asarray(ids[: mask.index(True)], dtype=np.int32)
+
+
+def _joined(tokenizer: Any, pieces: Iterable[tuple[str, bool]], template: Template) -> tuple[list[int], list[bool]]:
     """(tokens, which of them are learnt) of a conversation. The first token is never learnt: nothing comes before it.
 
     Pieces are tokenised one by one, so that no token has a part in two of them; what is generated later is continued
@@ -61,7 +72,7 @@ def _joined(tokenizer: Any, turns: Sequence[Turn], template: Template) -> tuple[
     """
     ids: list[int] = []
     mask: list[bool] = []
-    for text, taught in _pieces(tokenizer, turns, template):
+    for text, taught in pieces:
         mine = tokenizer(text, add_special_tokens=False)["input_ids"]
         ids += mine
         mask += [taught] * len(mine)
@@ -88,7 +99,7 @@ def _pieces(tokenizer: Any, turns: Sequence[Turn], template: Template) -> Iterat
                 yield tokenizer.eos_token, True
         return
     so_far = ""
-    messages = [{"role": role, "content": content} for role, content in turns]
+    messages = _messages(turns)
     for number, (role, _) in enumerate(turns, start=1):
         if role == ASSISTANT:
             asked = _templated(tokenizer, messages[: number - 1], True)
@@ -100,7 +111,13 @@ def _pieces(tokenizer: Any, turns: Sequence[Turn], template: Template) -> Iterat
             so_far = said
 
 
+def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
 def _templated(tokenizer: Any, messages: Sequence[dict[str, str]], prompt: bool) -> str:
+    if not messages:  # the assistant speaks first; transformers refuses to write nothing
+        return ""
     text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
     return text
 

@@ -6,6 +6,7 @@ counts if it comes to its end. One completion a problem, so pass@1 is the share 
 
 import gzip
 import json
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from fedrot.core.errors import DataError
-from fedrot.learning.generation import write_on
+from fedrot.learning.generation import cut_prompts, warn_of_cut, write_on
 from fedrot.learning.models import ResidentModel
 from fedrot.learning.sandbox import LIMITS, Limits, Outcome, run_programs
 
@@ -46,7 +47,7 @@ def read_problems(path: Path) -> list[Problem]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             problems = [_problem(line, number, path) for number, line in enumerate(file, start=1) if line.strip()]
-    except (OSError, EOFError, UnicodeDecodeError) as problem:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as problem:
         raise DataError(f"{path}: HumanEval's problems cannot be read ({problem}); see --data.path") from None
     if not problems:
         raise DataError(f"{path}: holds no problems")
@@ -72,6 +73,7 @@ def completions(
     """What the model writes after each prompt, with the adapter that is in it."""
     tokenizer = model.tokenizer
     prompts = [np.asarray(tokenizer(one.prompt)["input_ids"], dtype=np.int32) for one in problems]
+    warn_of_cut(sum(cut_prompts(model, prompts, tokens)), len(prompts))
     return write_on(model, prompts, tokens, batch, precision, STOP)
 
 

@@ -1,0 +1,73 @@
+"""Rounds between sites give what the embedded engine gives, whatever the method keeps, sends or asks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from network_sites import LocalPost, divide_files, network
+from tiny_runs import Tiny, assert_equal, begin
+
+from fedrot.core.methods import methods
+from fedrot.running.prepare import prepare
+from fedrot.running.recipe_file import parse_recipe
+
+# What differs in the last bits, since a stack of one client is not one of many.
+ONE_BY_ONE = ("--compute.stack", "1", "--compute.workers", "1")
+OVER_A_NETWORK = sorted(name for name, method in methods().items() if not method.capabilities.pooled)
+
+
+def both(
+    values: dict[str, Any], data: Path, tmp_path: Path, *flags: str, rounds: int = 3
+) -> tuple[Tiny, Tiny, LocalPost]:
+    """The same rounds in this process and between sites."""
+    flags = (*ONE_BY_ONE, *flags)
+    here = begin(values, *flags).play(rounds)
+    post = LocalPost(divide_files(data, tmp_path / "sites"), tmp_path / "memory")
+    ready = prepare(parse_recipe(values, flags))
+    engine = network(ready, post)
+    engine.join()
+    assert engine.refused == {}
+    there = Tiny(ready.recipe, ready, engine, ready.recipe.method.start(ready.model.read()))  # type: ignore[arg-type]
+    there.play(rounds)
+    return here, there, post
+
+
+@pytest.mark.parametrize("method", OVER_A_NETWORK)
+def test_every_method_gives_the_adapter_of_the_simulation(
+    method: str, tiny_values: dict[str, Any], tiny_data: Path, tmp_path: Path
+) -> None:
+    here, there, _ = both(tiny_values, tiny_data, tmp_path, "--method.name", method)
+    assert_equal(there.adapter, here.adapter)
+    mine, theirs = (tiny.state.broadcast.base_delta for tiny in (there, here))
+    assert (mine is None) == (theirs is None)
+    if mine is not None and theirs is not None:
+        assert_equal(mine, theirs)
+    scores = [[record["evaluation"]["accuracy"] for record in tiny.records] for tiny in (there, here)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--lora.head", "personal"),
+        ("--lora.head", "frozen"),
+        ("--local.scaffold", "true"),
+        ("--server.optimizer", "adam"),
+        ("--lora.ranks", '{"books": 1}'),
+        ("--federation.participation", "0.67"),
+        ("--federation.compression", "int8"),
+        ("--federation.compression", "bf16", "--federation.feedback", "false"),
+        ("--diagnostics.every", "0"),
+    ],
+    ids=lambda flags: " ".join(flags).replace("--", ""),
+)
+def test_so_does_every_setting(
+    flags: tuple[str, ...], tiny_values: dict[str, Any], tiny_data: Path, tmp_path: Path
+) -> None:
+    here, there, _ = both(tiny_values, tiny_data, tmp_path, *flags)
+    assert_equal(there.adapter, here.adapter)
+    drop = {"seconds", "evaluation"}
+    for mine, theirs in zip(there.records, here.records, strict=True):
+        assert mine["clients"] == theirs["clients"]
+        assert mine["train"] == theirs["train"]
+        assert mine.keys() - drop == theirs.keys() - drop
