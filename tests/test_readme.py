@@ -56,7 +56,7 @@ def test_every_shell_command_runs(workplace: Path) -> None:
 
 def test_every_piece_of_python_runs(workplace: Path) -> None:
     pieces = blocks("python")
-    assert len(pieces) == 3
+    assert len(pieces) == 4
     for code in pieces:
         done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True)
         assert done.returncode == 0, code + done.stderr

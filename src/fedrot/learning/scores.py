@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
-# Scores whose mean over sites, by numbers of examples, is a score of all (of tokens, nearly).
-AVERAGED = frozenset({"accuracy", "loss", "token_accuracy"})
+# By the score that counts, those whose mean over sites, by numbers of examples, is a score of all (of tokens, nearly).
+AVERAGED = {"accuracy": ("accuracy", "loss"), "loss": ("loss", "token_accuracy")}
 
 
 def main_score(record: Mapping[str, Any]) -> float:

@@ -1,5 +1,6 @@
 """Rounds over a network, whatever carries the messages: the engine that asks sites instead of training itself."""
 
+import logging
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,15 +14,19 @@ from fedrot.core.methods.base import ALL_PARTS, Broadcast, ClientState, Upload
 from fedrot.core.packed import Layout
 from fedrot.learning.evaluation import Evaluation
 from fedrot.learning.scores import AVERAGED
+from fedrot.learning.tasks import classification, generation
 from fedrot.running.engine import Failure
-from fedrot.running.network.messages import Message, MessageError, numbers_of, value_of
+from fedrot.running.network.messages import Message, MessageError, count_of, of_round, shown, value_of
 from fedrot.running.network.tensors import adapter_message, broadcast_message, read_adapter, read_upload
 from fedrot.running.recipe import Recipe
 from fedrot.running.simulation import personal
 
 
 class Post(Protocol):
-    """Carries requests to sites and brings their replies. Who a reply is from, the post knows; a reply cannot say."""
+    """Carries requests to sites and brings their replies. Who a reply is from, the post knows; a reply cannot say.
+
+    Bytes that are no message (`Message.from_parts`) are a reply that is not there, with the reason.
+    """
 
     def clients(self) -> Sequence[str]:
         """The sites that can be asked now, by their clients' names."""
@@ -38,8 +43,10 @@ class Expected:
     model: str  # hash of the base weights
     labels: Sequence[str]
 
-    def differs(self, reply: Message) -> str | None:
-        """Why a site cannot take part, from what it says of itself; None where it can. Raises `MessageError`."""
+    def examples(self, reply: Message) -> dict[str, int]:
+        """How many examples of each split a site has, by what it says of itself. Raises `MessageError` where it does
+        not, or says that it is not what the run needs.
+        """
         schema = Layout.of(self.form, ALL_PARTS).schema
         for key, mine, what in (
             ("fedrot", __version__, "another version of fedrot"),
@@ -49,77 +56,89 @@ class Expected:
         ):
             theirs = value_of(reply.header, key, type(mine))
             if theirs != mine:
-                shown = f": {str(theirs)[:80]}, not {str(mine)[:80]}"
-                return f"has {what}{shown if key in ('fedrot', 'labels') else ''}"
-        return None
+                said = f": {shown(theirs)}, not {shown(mine)}" if key in ("fedrot", "labels") else ""
+                raise MessageError(f"has {what}{said}")
+        counts = value_of(reply.header, "examples", dict)
+        count_of(counts, "train", least=1)
+        return {split: count_of(counts, split) for split in counts}
+
+    @property
+    def metric(self) -> str:
+        """The score that counts."""
+        return classification.METRIC if self.labels else generation.METRIC
 
 
 class Network:
-    """The engine of a run between sites; see `engine.Engine`. What clients keep stays with them."""
+    """The engine of a run between sites; see `engine.Engine`. What clients keep stays with them.
+
+    Every request for a round says which upload of the site's was the last that went into the sum: what the site kept of
+    that round is what it goes on from. A site whose process was started again is told the recipe anew.
+    """
 
     def __init__(self, recipe: Recipe, expected: Expected, post: Post) -> None:
         self._recipe, self._expected, self._post = recipe, expected, post
-        self._joined: dict[str, Mapping[str, Any]] = {}  # client -> examples by split
-        self._settled: dict[str, dict[str, Any]] = {}  # client -> what became of its last upload
-        self._asked: tuple[int, list[str]] = 0, []
+        self._joined: dict[str, dict[str, int]] = {}  # client -> examples by split
+        self._accepted: dict[str, int] = {}  # client -> the last round whose upload went into the sum
+        self._round = 0
         self.refused: dict[str, str] = {}  # why a site does not take part
 
     def join(self) -> None:
         """Let the sites that can be asked take part, if they have what the run needs; the others are in `refused`."""
-        fresh = [client for client in self._post.clients() if client not in self._joined]
+        self._introduce([client for client in self._post.clients() if client not in self._joined])
+
+    def _introduce(self, clients: Iterable[str]) -> None:
         values = self._recipe.to_dict()
         values["data"] |= {"path": None}  # where data lies is each site's own
         request = Message.of(kind="join", fedrot=__version__, recipe=values)
-        for client, reply in self._replies(dict.fromkeys(fresh, request)):
+        for client, reply in self._ask(dict.fromkeys(clients, request)):
             try:
-                reason = reply if isinstance(reply, str) else self._expected.differs(reply)
-                if reason is None and isinstance(reply, Message):
-                    self._joined[client] = numbers_of(reply.header, "examples")
-                    self.refused.pop(client, None)
-                    continue
+                self._joined[client] = self._expected.examples(_given(reply))
+                self.refused.pop(client, None)
             except MessageError as problem:
-                reason = str(problem)
-            self.refused[client] = str(reason)
+                self.refused[client] = str(problem)
 
     @property
     def clients(self) -> Sequence[str]:
-        """Every site that takes part, sorted."""
+        """Every site that has joined, sorted: who is drawn depends on their names, so none leaves while a run lasts."""
         return sorted(self._joined)
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Upload | Failure]:
         """One round of local training at these sites."""
-        self._asked = broadcast.round, list(clients)
+        self._round = broadcast.round
         request = broadcast_message(broadcast, self._recipe, "train")
         for client, reply in self._replies(self._told(request, clients)):
-            if isinstance(reply, str):
-                yield Failure(client, reply)
-                continue
             try:
-                yield read_upload(reply, client, broadcast, self._recipe)
-            except RejectedUpload as problem:
+                upload = read_upload(_given(reply), client, broadcast, self._recipe)
+                self._check_held(upload)
+                yield upload
+            except (MessageError, RejectedUpload) as problem:
                 yield Failure(client, str(problem))
 
+    def _check_held(self, upload: Upload) -> None:
+        """A site's weight is what it said when it joined. With privacy.mode local no upload says any."""
+        joined = self._joined[upload.client]["train"]
+        if upload.held != joined and self._recipe.privacy.mode != "local":
+            raise RejectedUpload(f"upload: it says {upload.held} examples are held, the site said {joined} on joining")
+
     def remember(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """What became of every site's last upload, by the records of the rounds so far: for a server that restarts."""
+        """Which uploads went into the sum, by the records of the rounds so far: for a server that restarts."""
         for record in records:
-            used, dropped = record["clients"]["used"], record["clients"]["dropped"]
-            for client in (*used, *dropped):
-                self._settled[client] = {"round": record["round"], "accepted": client in used}
+            clients = record["clients"]
+            # A rule against hostile clients looks at uploads that were accepted.
+            self._accepted |= dict.fromkeys([*clients["used"], *clients.get("kept", ())], record["round"])
 
     def settle(self, accepted: Collection[str]) -> None:
-        """Remember what became of the uploads: sites are told with the next request."""
-        number, clients = self._asked
-        self._settled |= {client: {"round": number, "accepted": client in accepted} for client in clients}
+        """Remember whose uploads went into the sum: sites are told with the next request."""
+        self._accepted |= dict.fromkeys(accepted, self._round)
 
     def answer(self, question: Adapter, clients: Sequence[str]) -> Iterator[Upload | Failure]:
         """The second phase of a round."""
-        request = adapter_message(question, frozenset({"b"}), kind="answer", round=self._asked[0])
+        request = adapter_message(question, frozenset({"b"}), kind="answer", round=self._round)
         for client, reply in self._replies(dict.fromkeys(clients, request)):
-            if isinstance(reply, str):
-                yield Failure(client, reply)
-                continue
             try:
-                found = read_adapter(reply, question, frozenset({"a"}))
+                message = _given(reply)
+                of_round(message.header, self._round)
+                found = read_adapter(message, question, frozenset({"a"}))
             except (MessageError, AdapterError) as problem:
                 yield Failure(client, f"answer: {problem}")
                 continue
@@ -128,29 +147,33 @@ class Network:
             yield Upload(client, found, held=1, used=1, metrics=metrics)
 
     def evaluate(self, broadcast: Broadcast, split: str, limit: int | None = None) -> Evaluation:
-        """The sites' own scores of their own examples, and their mean by numbers of examples."""
-        clients = self.clients
-        each = None if limit is None else math.ceil(limit / len(clients))
+        """The sites' own scores of their own examples, and their mean by numbers of examples.
+
+        A site that gives none, or none that can be, is left out, with the reason in the log. `RunError` where all are.
+        """
+        clients, metric = self.clients, self._expected.metric
+        each = None if limit is None else math.ceil(limit / max(1, len(clients)))
         request = broadcast_message(broadcast, self._recipe, "evaluate", split=split, limit=each)
-        found: dict[str, tuple[int, dict[str, float]]] = {}
-        metric = ""
+        counts: dict[str, int] = {}
+        scores: dict[str, dict[str, float]] = {}
         for client, reply in self._replies(self._told(request, clients)):
-            if isinstance(reply, str):
-                continue
             try:
-                count, scores = value_of(reply.header, "examples", int), numbers_of(reply.header, "scores")
-                named = value_of(reply.header, "metric", str)
-                if count < 1 or named not in scores or (metric and named != metric):
-                    raise MessageError("its scores are not those that the others give")
-            except MessageError:
-                continue
-            metric, found[client] = named, (count, {k: v for k, v in scores.items() if k in AVERAGED})
-        if not found:
-            raise RunError(f"no site gave its scores of {split}")
-        total = sum(count for count, _ in found.values())
-        means = {key: sum(count * one[key] for count, one in found.values()) / total for key in found[min(found)][1]}
+                message = _given(reply)
+                of_round(message.header, broadcast.round)
+                scores[client] = _scores(message, metric)
+                held = self._joined[client].get(split, 0)
+                counts[client] = held if each is None else min(each, held)
+            except MessageError as problem:
+                left_out = "%s is left out of the scores of %s: %s"
+                logging.getLogger("fedrot").warning(left_out, client, split, problem)
+        total = sum(counts.values())
+        if not total:
+            raise RunError(f"no site gave scores of {split} that can be used; the log says why")
+        # In the clients' order, since sums depend on theirs.
+        found = {client: scores[client] for client in clients if client in scores}
+        means = {key: sum(counts[c] * one[key] for c, one in found.items()) / total for key in AVERAGED[metric]}
         kind = "personal" if personal(self._recipe) else "global"
-        return Evaluation(split, total, metric, means, kind, {client: one for client, (_, one) in found.items()})
+        return Evaluation(split, total, metric, means, kind, found)
 
     def states(self) -> Mapping[str, ClientState]:
         """Nothing: clients keep what they keep."""
@@ -160,14 +183,51 @@ class Network:
         """Nothing is to be put back."""
 
     def _told(self, request: Message, clients: Sequence[str]) -> dict[str, Message]:
-        """The request to each client, with what became of its last upload."""
+        """The request to each client, with the last round whose upload of its own was accepted."""
         return {
-            client: Message({**request.header, "settled": self._settled.get(client)}, request.payload)
+            client: Message({**request.header, "accepted": self._accepted.get(client)}, request.payload)
             for client in clients
         }
 
     def _replies(self, requests: Mapping[str, Message]) -> Iterator[tuple[str, Message | str]]:
-        """Replies as they come; a refusal as its reason."""
-        for client, reply in self._post.ask(requests, self._recipe.federation.deadline):
-            refused = reply.refused if isinstance(reply, Message) else reply
-            yield client, reply if refused is None else refused
+        """Each client's reply as it comes. Sites that were started again join, and are then asked once more."""
+        fresh = []
+        for client, reply in self._ask(requests):
+            if isinstance(reply, Message) and reply.header.get("join") is True:
+                fresh.append(client)
+            else:
+                yield client, reply
+        self._introduce(fresh)
+        yield from ((client, self.refused[client]) for client in fresh if client in self.refused)
+        yield from self._ask({client: requests[client] for client in fresh if client not in self.refused})
+
+    def _ask(self, requests: Mapping[str, Message]) -> Iterator[tuple[str, Message | str]]:
+        """One reply of each client, as they come: what comes twice, or was not asked for, is passed over."""
+        waiting = set(requests)
+        for client, reply in self._post.ask(requests, self._recipe.federation.deadline) if requests else ():
+            if client in waiting:
+                waiting.remove(client)
+                yield client, reply
+        yield from ((client, "gave no answer") for client in sorted(waiting))
+
+
+def _given(reply: Message | str) -> Message:
+    """The reply itself. `MessageError` with the reason where there is none."""
+    refused = reply.refused if isinstance(reply, Message) else reply
+    if refused is not None or not isinstance(reply, Message):
+        raise MessageError(str(refused))
+    return reply
+
+
+def _scores(reply: Message, metric: str) -> dict[str, float]:
+    """A site's scores, those that can be averaged. `MessageError` where one is missing or cannot be."""
+    if (said := value_of(reply.header, "metric", str)) != metric:
+        raise MessageError(f"its metric is {shown(said)}, not {metric}")
+    scores, found = value_of(reply.header, "scores", dict), {}
+    for key in AVERAGED[metric]:
+        value = found[key] = scores.get(key)
+        # All but the loss are shares.
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not good or not 0 <= value < (2**53 if key == "loss" else 1 + 1e-9):
+            raise MessageError(f"its {key} is {shown(value)}")
+    return found

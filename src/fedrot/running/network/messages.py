@@ -6,9 +6,11 @@ bytes and not by the number of its tensors. What arrives is not trusted: sizes a
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import reprlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from fedrot.core.errors import FedrotError
 
 # A header holds some numbers for each layer at most; nothing honest comes near this.
 _LONGEST_HEADER = 8 << 20
+# No number in a header is as large as this; larger ones would overflow in sums.
+_MOST = 2**53
 
 
 class MessageError(FedrotError):
@@ -41,19 +45,25 @@ class Message:
         return cls(header, torch.cat(parts) if parts else _nothing())
 
     @classmethod
-    def refusal(cls, reason: str) -> "Message":
+    def refusal(cls, reason: str, **header: Any) -> "Message":
         """A reply that says why there is no other."""
-        return cls({"refused": reason})
+        return cls({"refused": reason, **header})
 
     @property
     def refused(self) -> str | None:
-        """Why the other side gave nothing, if it did not."""
+        """Why the other side gave nothing, if it did not; one line that can be shown."""
         reason = self.header.get("refused")
-        return None if reason is None else str(reason)[:1000]
+        if reason is None:
+            return None
+        text = reason[:500] if isinstance(reason, str) else shown(reason)
+        return "".join(c for c in " ".join(text.split()) if c.isprintable()) or "gave no reason"
 
     def header_bytes(self) -> bytes:
-        """The header as JSON."""
-        return json.dumps(self.header, allow_nan=False).encode()
+        """The header as JSON. Raises `MessageError` where a number in it is not finite."""
+        try:
+            return json.dumps(self.header, allow_nan=False).encode()
+        except ValueError:
+            raise MessageError("the message's header holds a number that is not finite (NaN or infinite)") from None
 
     @classmethod
     def from_parts(cls, header: bytes, payload: Tensor) -> "Message":
@@ -61,7 +71,7 @@ class Message:
         if len(header) > _LONGEST_HEADER:
             raise MessageError(f"the message's header has {len(header)} bytes, more than the {_LONGEST_HEADER} allowed")
         try:
-            values = json.loads(header)
+            values = json.loads(header, parse_constant=_not_finite, parse_float=_finite)
         except (ValueError, RecursionError) as problem:
             raise MessageError(f"the message's header is not JSON ({str(problem)[:100]})") from None
         if not isinstance(values, dict):
@@ -69,6 +79,15 @@ class Message:
         if payload.dtype != torch.uint8 or payload.ndim != 1:
             raise MessageError(f"the message's payload is {payload.dtype} of {payload.ndim} axes, not a row of bytes")
         return cls(values, payload)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _not_finite(text)
+
+
+def _not_finite(text: str) -> NoReturn:
+    raise ValueError(f"{text[:20]} is not a finite number")
 
 
 class Reader:
@@ -101,14 +120,41 @@ def value_of(header: Mapping[str, Any], key: str, kind: type) -> Any:
     value = header.get(key)
     good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if not good:
-        raise MessageError(f"the message's {key} must be of type {kind.__name__}, got {repr(value)[:60]}")
+        raise MessageError(f"the message's {key} must be of type {kind.__name__}, got {shown(value)}")
     return value
 
 
-def numbers_of(header: Mapping[str, Any], key: str) -> dict[str, float]:
-    """Named numbers of a header. `MessageError` where there is anything else."""
-    found = value_of(header, key, dict)
+def count_of(header: Mapping[str, Any], key: str, least: int = 0) -> int:
+    """A whole number of a header. `MessageError` where it is missing, anything else, below `least` or enormous."""
+    value: int = value_of(header, key, int)
+    if not least <= value < _MOST:
+        raise MessageError(f"the message's {key} must be a whole number of at least {least}, got {shown(value)}")
+    return value
+
+
+def numbers_of(header: Mapping[str, Any], key: str, known: Collection[str]) -> dict[str, float]:
+    """Named numbers of a header. `MessageError` where there is anything else, or a name that is not `known`."""
+    found: dict[str, float] = value_of(header, key, dict)
+    only(found, known)
     for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise MessageError(f"the message's {key}: {name[:60]} must be a number, got {repr(value)[:60]}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_MOST < value < _MOST:
+            raise MessageError(f"the message's {key}: {name} must be a number, got {shown(value)}")
     return found
+
+
+def only(header: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise `MessageError` where a header has keys that are not `known`."""
+    for key in header:
+        if key not in known:
+            raise MessageError(f"the message holds {shown(key)}, which this version of fedrot does not know")
+
+
+def of_round(header: Mapping[str, Any], number: int) -> None:
+    """Raise `MessageError` unless the message is of this round: one of an earlier round may come late."""
+    if (said := count_of(header, "round")) != number:
+        raise MessageError(f"the message is of round {said}, not of round {number}")
+
+
+def shown(value: object) -> str:
+    """A value of a header for a line of text, however large and deep it is."""
+    return reprlib.repr(value)[:60]

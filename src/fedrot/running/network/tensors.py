@@ -13,19 +13,33 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fedrot.core.adapter import Adapter
-from fedrot.core.checks import RejectedUpload
+from fedrot.core.checks import METRICS, RejectedUpload
 from fedrot.core.compression import decompress, payload_bytes
+from fedrot.core.drift import DRIFT_KEYS
 from fedrot.core.errors import AdapterError
 from fedrot.core.files import tensor_bytes
 from fedrot.core.methods.base import ALL_PARTS, Broadcast, Upload
 from fedrot.core.packed import Layout
 from fedrot.running.checkpoint import pack_adapter, unpack_adapter
 from fedrot.running.client import Round, travelling_parts
-from fedrot.running.network.messages import Message, MessageError, Reader, numbers_of, value_of
+from fedrot.running.network.messages import (
+    Message,
+    MessageError,
+    Reader,
+    count_of,
+    numbers_of,
+    of_round,
+    only,
+    shown,
+    value_of,
+)
 from fedrot.running.recipe import Recipe
 
 # What a broadcast may hold beside its adapter, in the adapter's form, in the order in which they travel.
 _ROLES = ("reference", "variate")
+# What an upload's header holds, and the phases whose seconds it may say.
+_UPLOAD = ("round", "schema", "held", "used", "turned", "variate", "metrics", "layers", "seconds")
+_PHASES = ("train", "align", "diagnose", "compress")
 
 
 def broadcast_parts(recipe: Recipe) -> frozenset[str]:
@@ -53,20 +67,22 @@ def read_broadcast(message: Message, form: Adapter, recipe: Recipe) -> Broadcast
     """The broadcast in a request; what does not travel is `form`'s. Raises `MessageError` or `AdapterError`."""
     layout = Layout.of(form, broadcast_parts(recipe))
     layout.agree(value_of(message.header, "schema", str))
-    reader = Reader(message)
+    number, reader = count_of(message.header, "round"), Reader(message)
+    if number > recipe.rounds:
+        raise MessageError(f"the broadcast is of round {number}, and the recipe has {recipe.rounds} rounds")
     roles = value_of(message.header, "roles", list)
     if any(role not in _ROLES for role in roles):
-        raise MessageError(f"the broadcast holds {roles!r}, which this version of fedrot does not know")
+        raise MessageError(f"the broadcast holds {shown(roles)}, which this version of fedrot does not know")
     found = {role: layout.unpack(reader.numbers(layout.size), form) for role in ("adapter", *roles)}
     base = message.header.get("base")
     delta = None if base is None else _read_base(base, reader)
     reader.end()
-    return Broadcast(round=value_of(message.header, "round", int), base_delta=delta, **found)
+    return Broadcast(round=number, base_delta=delta, **found)
 
 
 def _read_base(base: Any, reader: Reader) -> Adapter:
     try:
-        blob = reader.bytes(value_of(base, "bytes", int))
+        blob = reader.bytes(count_of(base, "bytes"))
         return unpack_adapter(base["form"], "base", safetensors.torch.load(blob.numpy().tobytes()))
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as problem:
         raise MessageError(f"the broadcast's change of the base cannot be read ({str(problem)[:100]})") from None
@@ -82,6 +98,7 @@ def upload_message(made: Round, broadcast: Broadcast, recipe: Recipe) -> Message
         payload.append(layout.pack(upload.variate))
     return Message.of(
         payload,
+        round=broadcast.round,
         schema=layout.schema,
         held=upload.held,
         used=upload.used,
@@ -95,12 +112,14 @@ def upload_message(made: Round, broadcast: Broadcast, recipe: Recipe) -> Message
 
 def read_upload(message: Message, client: str, broadcast: Broadcast, recipe: Recipe) -> Upload:
     """The upload in a site's reply, who sent it being known from elsewhere. Raises `RejectedUpload` with the reason;
-    what the numbers must be is checked afterwards, by `check_upload`.
+    what an upload must be, whatever way it came, is checked afterwards by `check_upload`.
     """
     form = broadcast.adapter
     layout = Layout.of(form, travelling_parts(recipe, broadcast.round))
     header, reader = message.header, Reader(message)
     try:
+        only(header, _UPLOAD)
+        of_round(header, broadcast.round)
         layout.agree(value_of(header, "schema", str))
         codec = recipe.federation.compression
         adapter = decompress(reader.bytes(payload_bytes(layout, codec)), form, layout, codec)
@@ -110,15 +129,16 @@ def read_upload(message: Message, client: str, broadcast: Broadcast, recipe: Rec
             variate = layout.unpack(reader.numbers(layout.size), form.map(torch.zeros_like))
         reader.end()
         layers = value_of(header, "layers", dict)
+        only(layers, form.layers)
         return Upload(
             client=client,
             adapter=adapter,
-            held=value_of(header, "held", int),
-            used=value_of(header, "used", int),
+            held=count_of(header, "held"),
+            used=count_of(header, "used"),
             rotation=rotation,
-            metrics=numbers_of(header, "metrics"),
-            layers={name: numbers_of(layers, name) for name in layers},
-            seconds=numbers_of(header, "seconds"),
+            metrics=numbers_of(header, "metrics", METRICS),
+            layers={name: numbers_of(layers, name, DRIFT_KEYS) for name in layers},
+            seconds=numbers_of(header, "seconds", _PHASES),
             variate=variate,
         )
     except (MessageError, AdapterError) as problem:

@@ -1,0 +1,249 @@
+"""The resident worker of a site: a process that keeps base model, data and trainer between requests, and its keeper.
+
+Processes that live for one message ask it over a Unix socket (`channel.ask`). What must outlive the worker is what the
+client keeps, in its folder; a server has a site that was started again join anew.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fedrot.core.errors import FedrotError, RunError
+from fedrot.running.network.channel import Handle, Listener, WorkerError, ask, lock
+from fedrot.running.network.messages import Message, shown
+from fedrot.running.network.site import Here, Site
+
+_PING = "here"  # a request that the worker answers itself, at once
+_LIVED = 600.0  # seconds after which a death is not counted with those before
+_LONGEST_PAUSE = 60.0  # seconds
+
+_log = logging.getLogger("fedrot")
+
+
+class Resident:
+    """Hands requests to a site one at a time; others wait.
+
+    A request that repeats the last one is given the last reply and not handled again: the process that asked first may
+    have died while the site trained. Nothing was handled between the two, so what the site holds of the round is what
+    that reply tells of, and what the request says of the last accepted round was heeded the first time. An earlier
+    request is handled anew, and so is one that was refused, since the reason may be mended. Replies are not kept on
+    disk: a worker that was started again has the site join and trains again from what the client keeps.
+    """
+
+    def __init__(self, name: str, handle: Handle) -> None:
+        self._name, self._handle = name, handle
+        self._turn = threading.Lock()
+        self._last: tuple[bytes, Message] | None = None  # hash of the request, and the reply
+
+    def answer(self, request: Message) -> Message:
+        """The reply to a request; a line of the log says what it was and how long it took."""
+        if request.header.get("kind") == _PING:
+            return Message.of(client=self._name)
+        with self._turn:
+            asked = _digest(request)
+            if self._last is not None and self._last[0] == asked:
+                _log.info("%s: asked again, the reply is given again", _about(request))
+                return self._last[1]
+            self._last = None
+            began = time.monotonic()
+            reply = self._handle(request)
+            seconds, reason = time.monotonic() - began, reply.refused
+            _log.info("%s: %.2f s%s", _about(request), seconds, "" if reason is None else f", refused: {reason}")
+            if reason is None:
+                self._last = asked, reply
+            return reply
+
+
+def _about(request: Message) -> str:
+    """A request's kind and round for a line of the log."""
+    kind, number = request.header.get("kind"), request.header.get("round")
+    name = kind if isinstance(kind, str) and kind.isidentifier() and len(kind) < 20 else shown(kind)
+    return name if number is None else f"{name} of round {shown(number)}"
+
+
+def _digest(request: Message) -> bytes:
+    """A hash of a request's bytes."""
+    header = request.header_bytes()
+    found = hashlib.blake2b(len(header).to_bytes(8, "big") + header, digest_size=32)
+    found.update(request.payload.contiguous().numpy().data)
+    return found.digest()
+
+
+class Worker:
+    """Starts a site's worker, starts it again when it dies, and ends it: a context manager.
+
+    Args:
+        here: what the site says itself. `compute.threads` holds for the process's libraries, too.
+        folder: where what the client keeps and the log (worker.log) are.
+        path: the worker's socket.
+        seconds: how long it may take until it answers; models are loaded later.
+        pause: seconds before it is started again; twice as many after every further death, 60 at most.
+        limit: deaths in a row, less than ten minutes after the start, after which it is given up.
+
+    Raises:
+        WorkerError: on entering, the worker ended or did not answer in time.
+    """
+
+    def __init__(
+        self, here: Here, folder: Path, path: Path, seconds: float = 120.0, pause: float = 1.0, limit: int = 5
+    ) -> None:
+        self._here, self._folder, self._path = here, folder.absolute(), path.absolute()
+        self._seconds, self._pause, self._limit = seconds, pause, limit
+        self.log = self._folder / "worker.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._starting, self._ending, self._over = threading.Lock(), threading.Event(), threading.Event()
+        self._reason: str | None = None
+        self._watcher = threading.Thread(target=self._watch, name="fedrot-keeper", daemon=True)
+
+    def __enter__(self) -> "Worker":
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._process = self._start()
+        try:
+            self._until_it_answers(self._process)
+        except BaseException:
+            self._end(self._process)
+            raise
+        self._watcher.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with self._starting:
+            self._ending.set()
+        if self._process is not None:
+            self._end(self._process)
+        self._watcher.join()
+
+    def wait(self) -> None:
+        """Return when it was ended. Raises `WorkerError` when it was given up."""
+        self._over.wait()
+        if self._reason is not None:
+            raise WorkerError(self._reason)
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        settings = {"here": asdict(self._here), "folder": str(self._folder), "socket": str(self._path)}
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        if threads := (self._here.compute or {}).get("threads"):
+            environment |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        # -P: no module comes from the folder that this happens to be started in. The pipe is held open by this process
+        # alone, so its end tells the worker that nobody keeps it any more.
+        command = [sys.executable, "-P", "-m", "fedrot.running.network.worker", json.dumps(settings, default=str)]
+        log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            return subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        finally:
+            os.close(log)
+
+    def _until_it_answers(self, process: "subprocess.Popen[bytes]") -> None:
+        end = time.monotonic() + self._seconds
+        while time.monotonic() < end:
+            if process.poll() is not None:
+                raise WorkerError(self._died(process.returncode))
+            try:
+                reply = ask(self._path, Message.of(kind=_PING), 0.2, patience=5.0)
+            except WorkerError:
+                continue
+            if reply.header.get("client") == self._here.name:
+                return
+            time.sleep(0.2)  # another one's: this one will end, and say so
+        raise WorkerError(f"{self._here.name}: the worker did not answer within {self._seconds:g} s; see {self.log}")
+
+    def _watch(self) -> None:
+        deaths, process = 0, self._process
+        while process is not None:
+            began = time.monotonic()
+            code = process.wait()
+            if self._ending.is_set():
+                break
+            deaths = 1 if time.monotonic() - began > _LIVED else deaths + 1
+            if code == 2 or deaths > self._limit:  # 2: it said what must be mended
+                self._reason = f"{self._died(code)}; it is not started again"
+                _log.error("%s", self._reason)
+                break
+            pause = min(self._pause * 2 ** (deaths - 1), _LONGEST_PAUSE)
+            _log.warning("%s; it is started again in %g s", self._died(code), pause)
+            self._ending.wait(pause)
+            with self._starting:
+                if self._ending.is_set():
+                    break
+                try:
+                    process = self._process = self._start()
+                except OSError as problem:
+                    self._reason = f"{self._here.name}: the worker cannot be started again ({problem})"
+                    _log.error("%s", self._reason)
+                    break
+        self._over.set()
+
+    def _died(self, code: int) -> str:
+        text = ""
+        with contextlib.suppress(FileNotFoundError), self.log.open("rb") as file:
+            file.seek(max(0, self.log.stat().st_size - 2000))
+            text = file.read().decode(errors="replace")
+        last = next((line.strip() for line in reversed(text.split("\n")) if line.strip()), "nothing")[:300]
+        how = f"signal {-code}" if code < 0 else f"code {code}"
+        return f"{self._here.name}: the worker ended ({how}; {self.log} ends with: {last})"
+
+    @staticmethod
+    def _end(process: "subprocess.Popen[bytes]") -> None:
+        """Its files are written in one step each, so that it may be ended at any time."""
+        if process.stdin is not None:
+            process.stdin.close()
+        process.terminate()
+        try:
+            process.wait(10.0)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def main(words: Sequence[str]) -> int:
+    """The worker's process: serve until whoever started it closes standard input, or is gone."""
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    _log.setLevel(logging.INFO)
+    try:
+        here, folder, path = _settings(words)
+        name = f"{folder}: another worker keeps this client's state here; end it first"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with lock(folder / "worker.lock", name), Listener(path) as listener:
+            threading.Thread(target=_end_with_the_keeper, daemon=True).start()
+            resident = Resident(here.name, Site(here, folder).handle)
+            _log.info("%s: process %d listens at %s", here.name, os.getpid(), path)
+            listener.serve(resident.answer)
+    except FedrotError as problem:
+        _log.error("%s", problem)
+        return 2
+    return 0
+
+
+def _settings(words: Sequence[str]) -> tuple[Here, Path, Path]:
+    """(what the site says, the folder, the socket) from the one argument, a JSON object."""
+    try:
+        (text,) = words
+        values: dict[str, Any] = json.loads(text)
+        here = {**values["here"], "data": Path(values["here"]["data"])}
+        return Here(**here), Path(values["folder"]), Path(values["socket"])
+    except (ValueError, TypeError, KeyError) as problem:
+        raise RunError(
+            f"the worker's settings must be one JSON object of here, folder and socket ({problem})"
+        ) from None
+
+
+def _end_with_the_keeper() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
