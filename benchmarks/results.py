@@ -8,6 +8,7 @@ from statistics import mean
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+import language_page
 from fedrot.app.compare.table import Outcome, cells, to_markdown
 from fedrot.app.compare.table import rows as table_rows
 from study import done_before
@@ -160,6 +161,8 @@ def page(rows: Rows, table: str) -> str:
             memory=memory_table(rows),
             vader=table,
             study=section(done_before()),
+            gsm8k=language_page.section(language_page.read("rounds.csv"), language_page.read("answers.csv")),
+            humaneval=language_page.humaneval(),
             hours=f"{core_hours(done_before()):.1f}",
         )
     )
@@ -182,6 +185,7 @@ def main() -> None:
     (DOCS / "results.md").write_text(page(rows, vader_table()))
     draw(rows, DOCS / "replay.png")
     draw_study(done_before(), DOCS / "study.png")
+    language_page.draw(language_page.read("rounds.csv"), DOCS / "gsm8k.png")
 
 
 if __name__ == "__main__":

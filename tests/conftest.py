@@ -98,9 +98,15 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny_values(tiny_model: Path, tiny_data: Path) -> dict[str, Any]:
+def tiny_values(tiny_recipe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """A recipe's values that run in a second or two; tests change what they are about."""
-    return {
+    return tiny_recipe()
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_model: Path, tiny_data: Path) -> Callable[[], dict[str, Any]]:
+    """Gives these values anew, for what several tests share."""
+    return lambda: {
         "name": "tiny",
         "seed": 1,
         "rounds": 3,

@@ -186,3 +186,22 @@ def test_the_live_display_takes_a_whole_round(capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().err
     assert "dropped b: its loss is [bold]nan[/bold]" in shown
     assert "round 0 [1/2]" in shown
+
+
+@pytest.mark.parametrize(("rule", "said"), [("norm", "was scaled"), ("krum", "was chosen"), ("median", "cannot bring")])
+def test_the_page_lists_what_a_rule_cut_by_client(rule: str, said: str, runs: list[Path], tmp_path: Path) -> None:
+    import json
+
+    limited = tmp_path / "limited"
+    shutil.copytree(runs[0], limited)
+    (limited / "recipe.yaml").write_text((limited / "recipe.yaml").read_text().replace("rule: none", f"rule: {rule}"))
+    lines = [json.loads(line) for line in (limited / "metrics.jsonl").read_text().splitlines()]
+    for line, kept in zip(lines, (0.25, 1.0, 0.5), strict=True):
+        line["clients"]["kept"] = {"honest": 1.0, "<bad>": kept}
+    (limited / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = build_report([limited], limited).read_text()
+    assert said in page
+    assert f"What the rule {rule} kept" in page
+    assert "&lt;bad&gt;</td><td>3</td><td>2</td><td>0.583</td><td>0.25</td>" in page
+    assert "honest" not in page
+    assert "What the rule" not in build_report([runs[1]], tmp_path / "plain").read_text()

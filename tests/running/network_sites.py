@@ -5,12 +5,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedrot.running.network.engine import Expected, Network
+from tiny_runs import Tiny
+
+from fedrot.running.network.engine import Expected, Network, Post
 from fedrot.running.network.messages import Message
 from fedrot.running.network.site import Here, Site
-from fedrot.running.prepare import Prepared, first_adapter
+from fedrot.running.prepare import Prepared, first_adapter, prepare
+from fedrot.running.recipe_file import parse_recipe
 
 Fault = Callable[[Message, Message], Message | str | None]  # request and reply -> what arrives; None: nothing does
+
+# What differs in the last bits, since a stack of one client is not one of many.
+ONE_BY_ONE = ("--compute.stack", "1", "--compute.workers", "1")
 
 
 def divide_files(data: Path, out: Path) -> dict[str, Path]:
@@ -36,6 +42,7 @@ class LocalPost:
         self.memory, self.folders = memory, dict(folders)
         self.sites = {name: self.site(name) for name in folders}
         self.faults: dict[tuple[str, str], Fault] = {}  # (client, kind) -> what happens to the reply
+        self.away: set[str] = set()  # sites that requests do not reach
         self.carried: list[tuple[str, Message, Message]] = []
 
     def site(self, name: str) -> Site:
@@ -51,6 +58,8 @@ class LocalPost:
 
     def ask(self, requests: Mapping[str, Message], seconds: float | None) -> Iterator[tuple[str, Message | str]]:
         for client in sorted(requests, reverse=True):  # in an order that is not the clients'
+            if client in self.away:
+                continue
             request = carried(requests[client])
             reply = carried(self.sites[client].handle(request))
             self.carried.append((client, request, reply))
@@ -65,11 +74,21 @@ def carried(message: Message) -> Message:
     return Message.from_parts(message.header_bytes(), message.payload.clone())
 
 
-def network(ready: Prepared, post: LocalPost) -> Network:
+def network(ready: Prepared, post: Post) -> Network:
     """The engine of a server that has the base model and no data of the sites'."""
     recipe = ready.recipe
     expected = Expected(first_adapter(recipe, ready.model), ready.model.fingerprint(), ready.dataset.labels)
     return Network(recipe, expected, post)
+
+
+def deployed(values: Mapping[str, Any], post: Post, *flags: str) -> Tiny:
+    """A run whose engine asks the sites of a post; every site has joined."""
+    ready = prepare(parse_recipe(values, (*ONE_BY_ONE, *flags)))
+    engine = network(ready, post)
+    engine.join()
+    assert engine.refused == {}
+    start = ready.recipe.method.start(ready.model.read())
+    return Tiny(ready.recipe, ready, engine, start)  # type: ignore[arg-type]
 
 
 def values_of(values: Mapping[str, Any], **changes: Any) -> dict[str, Any]:

@@ -4,15 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from network_sites import LocalPost, divide_files, network
+from network_sites import ONE_BY_ONE, LocalPost, deployed, divide_files
 from tiny_runs import Tiny, assert_equal, begin
 
 from fedrot.core.methods import methods
-from fedrot.running.prepare import prepare
-from fedrot.running.recipe_file import parse_recipe
+from fedrot.running.client import keeps_state
 
-# What differs in the last bits, since a stack of one client is not one of many.
-ONE_BY_ONE = ("--compute.stack", "1", "--compute.workers", "1")
 OVER_A_NETWORK = sorted(name for name, method in methods().items() if not method.capabilities.pooled)
 
 
@@ -20,15 +17,10 @@ def both(
     values: dict[str, Any], data: Path, tmp_path: Path, *flags: str, rounds: int = 3
 ) -> tuple[Tiny, Tiny, LocalPost]:
     """The same rounds in this process and between sites."""
-    flags = (*ONE_BY_ONE, *flags)
-    here = begin(values, *flags).play(rounds)
+    here = begin(values, *ONE_BY_ONE, *flags).play(rounds)
     post = LocalPost(divide_files(data, tmp_path / "sites"), tmp_path / "memory")
-    ready = prepare(parse_recipe(values, flags))
-    engine = network(ready, post)
-    engine.join()
-    assert engine.refused == {}
-    there = Tiny(ready.recipe, ready, engine, ready.recipe.method.start(ready.model.read()))  # type: ignore[arg-type]
-    there.play(rounds)
+    there = deployed(values, post, *flags).play(rounds)
+    assert keeps_state(here.recipe) == bool(here.engine.states())
     return here, there, post
 
 

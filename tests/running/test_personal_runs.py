@@ -14,8 +14,8 @@ from torch import Tensor
 from fedrot import Adapter
 from fedrot.core.adapter import part_of
 from fedrot.core.methods.base import Upload
+from fedrot.running.draws import draw_clients
 from fedrot.running.engine import Failure
-from fedrot.running.rounds import draw_clients
 from fedrot.running.simulation import EVERYONE
 
 ONE_A_ROUND = ("--federation.participation", "0.34")

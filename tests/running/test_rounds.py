@@ -11,10 +11,11 @@ from fakes import FakeEngine, Silent, cut, first_adapter, poisoned
 from fedrot.core.adapter import Adapter
 from fedrot.core.errors import RunError
 from fedrot.core.methods.base import ServerState
+from fedrot.running.draws import draw_clients
 from fedrot.running.engine import Failure
 from fedrot.running.recipe import Recipe
 from fedrot.running.recipe_file import parse_recipe
-from fedrot.running.rounds import draw_clients, in_order, play
+from fedrot.running.rounds import in_order, play
 
 SIZES = {"a": 10, "b": 20, "c": 40, "d": 5}
 

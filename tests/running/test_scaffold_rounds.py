@@ -15,8 +15,9 @@ from fedrot.core.errors import RecipeError
 from fedrot.core.methods import get_method, methods
 from fedrot.core.methods.base import ALL_PARTS, Upload
 from fedrot.core.methods.factorwise import FedIT
+from fedrot.running.draws import draw_clients
 from fedrot.running.recipe_file import parse_recipe
-from fedrot.running.rounds import draw_clients, play_round
+from fedrot.running.rounds import play_round
 
 SCAFFOLD = ("--local.scaffold", "true")
 RATE, STEPS = 0.3, 3

@@ -29,7 +29,8 @@ def round_line(record: Mapping[str, Any], rounds: int) -> str:
     """A finished round in one line."""
     width = len(str(rounds))
     words = [f"round {record['round']:>{width}} [{record['round'] + 1:>{width}}/{rounds}]"]
-    words.append(f"loss {record['train']['loss']:.4f}")
+    if "train" in record:
+        words.append(f"loss {record['train']['loss']:.4f}")
     if "evaluation" in record:
         scores = record["evaluation"]
         score = f"{scores['metric'].replace('_', ' ')} {main_score(scores):.4f}"
@@ -43,6 +44,8 @@ def round_line(record: Mapping[str, Any], rounds: int) -> str:
             f"error {about}{errors['before_relative']:.2%} -> {about}{last:.2%}, "
             f"floor {about}{errors['floor_relative']:.2%}"
         )
+    if "privacy" in record:
+        words.append(f"epsilon {record['privacy']['epsilon']:.3g}")
     if record["clients"]["dropped"]:
         words.append(f"dropped {len(record['clients']['dropped'])}")
     words.append(f"{record['seconds']['round']:.1f} s")

@@ -25,10 +25,13 @@ class RejectedUpload(FedrotError):
     """An upload that must not touch the state; the message is the reason."""
 
 
-def check_upload(upload: Upload, form: Adapter, settings: CheckSettings, variate: bool = False) -> None:
+def check_upload(
+    upload: Upload, form: Adapter, settings: CheckSettings, variate: bool = False, reports: bool = True
+) -> None:
     """Raise `RejectedUpload` with the reason unless the upload has `form`'s names, shapes and dtypes, finite values, a
     sane example count, rotations in SO(r), and a change from `form` (the broadcast) within the norm bound; and, with
-    `variate`, a control variate of the same form, without it none.
+    `variate`, a control variate of the same form, without it none. Without `reports` it must be its adapter and nothing
+    else: whatever more it says has no noise (privacy.mode local).
     """
     _check_tensors(upload.adapter, form, "upload")
     if variate != (upload.variate is not None):
@@ -42,6 +45,9 @@ def check_upload(upload: Upload, form: Adapter, settings: CheckSettings, variate
             raise RejectedUpload(
                 f"upload: its change has norm {math.sqrt(change2):.3g}, above checks.max_norm {settings.max_norm:g}"
             )
+    if not reports:
+        _check_silence(upload)
+        return
     for what, count in (("held", upload.held), ("used", upload.used)):
         if isinstance(count, bool) or not isinstance(count, int) or not 0 < count < _MOST:
             raise RejectedUpload(f"upload: examples {what} must be a positive whole number, got {_short(count)}")
@@ -80,6 +86,12 @@ def _check_rotation(upload: Upload, form: Adapter) -> None:
         off = (r @ r.mT - torch.eye(pair.rank, dtype=r.dtype, device=r.device)).abs().max()
         if not (float(off) < _ORTHOGONAL and float(torch.linalg.det(r)) > 0):
             raise RejectedUpload(f"upload: the rotation of {name} is not orthogonal with determinant 1")
+
+
+def _check_silence(upload: Upload) -> None:
+    for what in ("held", "used", "rotation", "metrics", "layers", "seconds"):
+        if getattr(upload, what):
+            raise RejectedUpload(f"upload: it says something of the client's data beside its change ({what})")
 
 
 def _check_reports(upload: Upload, form: Adapter) -> None:

@@ -30,6 +30,15 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise
 
 
+def flush_folder(folder: Path) -> None:
+    """Bring a folder's names to the disk: what was renamed or removed in it stays so after a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """`tensors` as one safetensors blob. Copies are made where tensors share memory, which the format refuses."""
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}

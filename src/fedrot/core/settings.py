@@ -56,7 +56,7 @@ class RobustSettings:
     """norm: changes are scaled down to a bound; median, trimmed: of every number the median, or the mean without the
     least and the largest values; krum: the mean of the uploads whose updates lie closest to the others'."""
     share: float = 0.2
-    """Share of a round's clients that may be hostile, between 0 and 0.5; rounded up to whole clients."""
+    """Share of a round's clients that may be hostile, between 0 and 0.5; one client at least."""
     bound: float | None = None
     """norm: the largest norm of a change, factors and head together; null: robust.multiple times the round's median."""
     multiple: float = 2.0

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedrot.core.adapter import Adapter, LoraPair
 from fedrot.core.errors import RunError
-from fedrot.core.files import read_tensors, tensor_bytes
+from fedrot.core.files import flush_folder, read_tensors, tensor_bytes
 from fedrot.core.methods.base import Broadcast, ClientState, ServerState
 
 FORMAT = 1
@@ -83,7 +83,7 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int, spare: int | 
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _flush_folder(root)
+    flush_folder(root)
     for old in saved_rounds(root)[:-keep]:
         if spare is None or old.name != _name(spare):
             shutil.rmtree(old, ignore_errors=True)
@@ -171,11 +171,3 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

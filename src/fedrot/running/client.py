@@ -1,5 +1,6 @@
 """A client's half of a round: begin, train locally, turn, and upload. Alike in simulation and deployment."""
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from fedrot.core.seeding import generator
 from fedrot.learning.encoding import Encoded
 from fedrot.learning.local import Job, LocalFailure, LocalResult, train_clients
 from fedrot.learning.models import ResidentModel
+from fedrot.running.privacy import guarded, silent
 from fedrot.running.recipe import Recipe
 
 HEAD, METHOD, VARIATE, LOST = "head/", "method/", "variate/", "lost/"  # prefixes of what a client keeps
@@ -91,7 +93,7 @@ def finish_round(begun: Begun, local: LocalResult, broadcast: Broadcast, recipe:
     ended = time.perf_counter()
     result = recipe.method.client(trained, broadcast, begun.seat, generator(*begun.job.key, "method"))
     aligned = time.perf_counter()
-    wanted = measured(recipe.diagnostics, broadcast.round)
+    wanted = measured(recipe.diagnostics, broadcast.round) and recipe.privacy.mode != "local"
     drift = client_drift(trained, start, result.rotation) if wanted else {}
     done = time.perf_counter()
 
@@ -103,6 +105,7 @@ def finish_round(begun: Begun, local: LocalResult, broadcast: Broadcast, recipe:
         own, change = variate.after(local.gradient, result.rotation, parts)
         kept |= {VARIATE + name: tensor for name, tensor in own.items()}
     sent, payload = only_travelling(result.adapter, broadcast.adapter, parts), None
+    sent = guarded(sent, broadcast.adapter, parts, recipe, *begun.job.key)
     spent = {"train": seconds, "align": aligned - ended, "diagnose": done - aligned}
     if recipe.federation.compression != "none":
         since = time.perf_counter()
@@ -123,7 +126,17 @@ def finish_round(begun: Begun, local: LocalResult, broadcast: Broadcast, recipe:
         seconds=spent,
         variate=change,
     )
-    return Round(upload, kept, trained, payload)
+    return Round(silent(upload, recipe), kept, trained, payload)
+
+
+def _noise_alone(begun: Begun, broadcast: Broadcast, recipe: Recipe) -> Round:
+    """What a client sends in local mode that has nothing usable: that it failed would say something of its data."""
+    parts = travelling_parts(recipe, broadcast.round)
+    sent, payload = guarded(broadcast.adapter, broadcast.adapter, parts, recipe, *begun.job.key), None
+    if recipe.federation.compression != "none":
+        made = _compressed(begun, sent, broadcast, recipe)
+        sent, payload = made.adapter, made.payload
+    return Round(Upload(begun.client.name, sent, held=0, used=0), {}, begun.start, payload)
 
 
 def _compressed(begun: Begun, adapter: Adapter, broadcast: Broadcast, recipe: Recipe) -> Compressed:
@@ -142,20 +155,28 @@ def play_clients(
 ) -> Iterator[tuple[str, Round | LocalFailure]]:
     """One round of these clients' work, their local steps in one stack; by client, in their order.
 
-    A client whose local training gives nothing usable has a `LocalFailure`; its state is then as it was.
+    A client whose local training gives nothing usable has a `LocalFailure`; its state is then as it was. With
+    privacy.mode local it sends noise instead, and the reason stays in its own log.
     """
     began = time.perf_counter()
     begun = [begin_round(client, broadcast, state, recipe) for client, state in clients]
     results = train_begun(begun, broadcast, recipe, model)
     share = (time.perf_counter() - began) / len(begun)
     for one, local in zip(begun, results, strict=True):
-        if isinstance(local, LocalFailure):
-            yield one.client.name, local
-            continue
-        try:
-            yield one.client.name, finish_round(one, local, broadcast, recipe, share)
-        except LocalFailure as problem:
-            yield one.client.name, problem
+        made = local if isinstance(local, LocalFailure) else _finished(one, local, broadcast, recipe, share)
+        if isinstance(made, LocalFailure) and recipe.privacy.mode == "local":
+            logging.getLogger("fedrot").warning("%s: %s; it sends noise alone", one.client.name, made)
+            made = _noise_alone(one, broadcast, recipe)
+        yield one.client.name, made
+
+
+def _finished(
+    begun: Begun, local: LocalResult, broadcast: Broadcast, recipe: Recipe, seconds: float
+) -> Round | LocalFailure:
+    try:
+        return finish_round(begun, local, broadcast, recipe, seconds)
+    except LocalFailure as problem:
+        return problem
 
 
 def client_round(
@@ -171,6 +192,13 @@ def client_round(
 def travelling_parts(recipe: Recipe, round: int) -> frozenset[str]:
     """The parts of the adapter that clients upload in this round."""
     return recipe.method.uploads(round) - (frozenset() if recipe.lora.head == "shared" else {"head"})
+
+
+def keeps_state(recipe: Recipe) -> bool:
+    """Whether a client keeps anything between rounds."""
+    feedback = recipe.federation.compression != "none" and recipe.federation.feedback
+    own_head, variates = recipe.lora.head == "personal", recipe.local.scaffold
+    return recipe.method.capabilities.client_state or own_head or variates or feedback
 
 
 def only_travelling(adapter: Adapter, broadcast: Adapter, parts: frozenset[str]) -> Adapter:

@@ -118,7 +118,7 @@ def first_adapter(recipe: Recipe, model: ResidentModel) -> Adapter:
 def versions() -> dict[str, str]:
     """The software that a run depends on, and the machine's kind."""
     found = {"python": platform.python_version(), "platform": platform.platform(), "machine": platform.machine()}
-    for package in ("fedrot", "torch", "transformers", "peft", "datasets", "numpy", "safetensors"):
+    for package in ("fedrot", "torch", "transformers", "peft", "datasets", "numpy", "safetensors", "opacus"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

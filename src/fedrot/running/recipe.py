@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from fedrot.core.errors import RecipeError, choices
+from fedrot.core.errors import FedrotError, RecipeError, choices
 from fedrot.core.methods import Method, get_method, methods
 from fedrot.core.methods.rotation import FedRot
-from fedrot.core.settings import CheckSettings, DiagnosticsSettings, ServerSettings
+from fedrot.core.robust import check_count
+from fedrot.core.settings import CheckSettings, DiagnosticsSettings, RobustSettings, ServerSettings
 from fedrot.learning.settings import (
     ComputeSettings,
     DataSettings,
@@ -21,7 +22,13 @@ from fedrot.learning.settings import (
     ModelSettings,
     PartitionSettings,
 )
-from fedrot.running.settings import CheckpointSettings, FederationSettings, PrivacySettings, TrackingSettings
+from fedrot.running.settings import (
+    CheckpointSettings,
+    FederationSettings,
+    PrivacySettings,
+    TrackingSettings,
+    drawn_count,
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class Recipe:
     method: Method = field(default_factory=FedRot)
     server: ServerSettings = field(default_factory=ServerSettings)
     checks: CheckSettings = field(default_factory=CheckSettings)
+    robust: RobustSettings = field(default_factory=RobustSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
     diagnostics: DiagnosticsSettings = field(default_factory=DiagnosticsSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
@@ -92,6 +100,7 @@ SECTIONS: dict[str, type] = {
     "federation": FederationSettings,
     "server": ServerSettings,
     "checks": CheckSettings,
+    "robust": RobustSettings,
     "privacy": PrivacySettings,
     "diagnostics": DiagnosticsSettings,
     "evaluation": EvaluationSettings,
@@ -167,6 +176,10 @@ def _rules(r: Recipe) -> Iterator[tuple[str, bool, str]]:
     yield "privacy.noise", r.privacy.noise is None or 0 <= r.privacy.noise < inf, "at least 0, or null"
     yield "privacy.delta", r.privacy.delta is None or 0 < r.privacy.delta < 1, "between 0 and 1, or null"
     yield "privacy.budget", r.privacy.budget is None or 0 < r.privacy.budget < inf, "positive, or null"
+    yield "robust.share", 0 < r.robust.share < 0.5, "between 0 and 0.5"
+    yield "robust.bound", r.robust.bound is None or 0 < r.robust.bound < inf, "positive, or null"
+    yield "robust.multiple", 1 <= r.robust.multiple < inf, "at least 1"
+    yield "robust.chosen", r.robust.chosen is None or r.robust.chosen >= 1, "at least 1, or null"
     yield "diagnostics.every", r.diagnostics.every >= 0, "at least 0"
     yield "diagnostics.exact_clients", r.diagnostics.exact_clients >= 0, "at least 0"
     yield "diagnostics.sketch_width", 1 <= r.diagnostics.sketch_width <= 4096, "from 1 to 4096"
@@ -227,6 +240,7 @@ def _method_checks(r: Recipe) -> None:
     """Refuse what the method cannot do, with the methods that can."""
     has = r.method.capabilities
     held = r.model.quantize or r.model.dtype
+    rule = r.robust.rule
     half = held != "float32" and (r.model.quantize is not None or not getattr(r.method, "dequantize", False))
     for asked, key, can, why in (
         (bool(r.lora.ranks), "lora.ranks", lambda c: c.mixed_ranks, "takes clients of one rank only"),
@@ -267,6 +281,18 @@ def _method_checks(r: Recipe) -> None:
             "makes more of clients' data than a sum of their changes, and that sum is all that clip and noise protect",
         ),
         (
+            rule != "none",
+            "robust.rule",
+            lambda c: bool(c.rules),
+            "has no uploads of several clients to compare, or sends them in frames of its own",
+        ),
+        (
+            rule != "none",
+            "robust.rule",
+            lambda c: rule in c.rules,
+            f"needs each client's own factors, and {rule} makes one pair of all; set robust.rule norm or krum",
+        ),
+        (
             has.changes_base and half,
             "model.dtype",
             lambda c: not c.changes_base,
@@ -278,6 +304,7 @@ def _method_checks(r: Recipe) -> None:
             raise RecipeError(f"{key}: method {r.method.name} {why}; methods that work: {others}")
     if r.local.scaffold and (r.lora.ranks or r.server.optimizer != "none"):
         raise RecipeError("local.scaffold: it goes with neither lora.ranks nor server.optimizer")
+    _rule_checks(r)
     if has.pooled and (r.lora.head == "personal" or r.federation.participation != 1):
         raise RecipeError(
             f"method.name: {r.method.name} has one client, which holds everything; set lora.head shared and "
@@ -308,7 +335,7 @@ def _privacy_checks(r: Recipe) -> None:
         (
             r.lora.head == "personal",
             "lora.head",
-            "heads of the clients' own are learnt without noise and are a part of the result; set it to shared or frozen",
+            "heads of the clients' own are learnt without noise and go into the result; set it to shared or frozen",
         ),
         (
             r.evaluation.choose == "best",
@@ -321,6 +348,11 @@ def _privacy_checks(r: Recipe) -> None:
             "without noise epsilon is infinite from the first round; give privacy.noise, or set the budget to null",
         ),
         (
+            r.robust.rule != "none",
+            "robust.rule",
+            "noise is made for a sum of clipped changes, and what a rule makes of them is none; set it to none",
+        ),
+        (
             mode == "local" and r.checks.max_norm is not None,
             "checks.max_norm",
             "noise is most of an upload's norm, and privacy.clip bounds the rest; set it to null",
@@ -328,3 +360,25 @@ def _privacy_checks(r: Recipe) -> None:
     ):
         if refused:
             raise RecipeError(f"{key}: with privacy.mode {mode}, {why}")
+
+
+def _rule_checks(r: Recipe) -> None:
+    """Refuse what a rule against hostile clients cannot hold for."""
+    if r.robust.rule != "norm" and r.robust.bound is not None:
+        raise RecipeError("robust.bound: it is for robust.rule norm; leave it null")
+    if r.robust.rule != "krum" and r.robust.chosen is not None:
+        raise RecipeError("robust.chosen: it is for robust.rule krum; leave it null")
+    if r.robust.rule == "none":
+        return
+    if r.local.scaffold:
+        raise RecipeError("robust.rule: it does not go with local.scaffold, whose control variates no rule looks at")
+    if r.lora.ranks:
+        raise RecipeError(
+            "robust.rule: it does not go with lora.ranks: what a narrow client leaves out cannot be told from an attack"
+        )
+    if r.partition.clients is not None and r.partition.kind in ("iid", "dirichlet"):
+        drawn = drawn_count(r.partition.clients, r.federation.participation)
+        try:
+            check_count(r.robust, drawn, drawn)
+        except FedrotError as problem:
+            raise RecipeError(f"{problem}; lower robust.share or ask more clients") from None

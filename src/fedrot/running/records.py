@@ -33,18 +33,29 @@ def round_record(
     up: int,
 ) -> dict[str, Any]:
     """The record but for errors, evaluation and seconds; `down` and `up` are the bytes of all clients together."""
-    total = sum(u.weight for u in uploads.values())
-    return {
+    record: dict[str, Any] = {
         "round": broadcast.round,
         "clients": {"drawn": len(drawn), "used": sorted(uploads), "dropped": dict(dropped)},
-        "train": {
-            "loss": sum(u.weight * u.metrics["loss"] for u in uploads.values()) / total,
-            "rows": sum(u.used for u in uploads.values()),
-            "tokens": sum(u.metrics["tokens"] for u in uploads.values()),
-            "loss_by_client": {name: u.metrics["loss"] for name, u in uploads.items()},
-        },
         "bytes": {"down": down, "up": up},
     }
+    # With privacy.mode local clients report nothing, and with central there may be none.
+    if reported := {name: u for name, u in uploads.items() if u.metrics}:
+        total = sum(u.weight for u in reported.values())
+        record["train"] = {
+            "loss": sum(u.weight * u.metrics["loss"] for u in reported.values()) / total,
+            "rows": sum(u.used for u in reported.values()),
+            "tokens": sum(u.metrics["tokens"] for u in reported.values()),
+            "loss_by_client": {name: u.metrics["loss"] for name, u in reported.items()},
+        }
+    return record
+
+
+def add_kept(record: dict[str, Any], kept: Mapping[str, float]) -> None:
+    """Put into the record what a rule against hostile clients let through, by client; a client of 0 was not used."""
+    if kept:
+        clients = record["clients"]
+        clients["kept"] = dict(kept)
+        clients["used"] = [name for name in clients["used"] if kept[name] > 0]
 
 
 def broadcast_bytes(broadcast: Broadcast, head: bool) -> int:

@@ -11,17 +11,28 @@ import torch
 from fedrot.core.adapter import Adapter
 from fedrot.core.checks import RejectedUpload, check_upload
 from fedrot.core.diagnostics import Observer, measured, observer
-from fedrot.core.errors import RunError
+from fedrot.core.errors import FedrotError, RunError
 from fedrot.core.methods.base import Broadcast, Reduced, ServerState, Upload
 from fedrot.core.reduce import Reduction
+from fedrot.core.robust import accept, check_count, in_frame
 from fedrot.core.seeding import generator, seed_of
 from fedrot.core.server_opt import PREFIX, server_step
+from fedrot.running.accounting import Accountant
 from fedrot.running.checkpoint import Checkpoint
 from fedrot.running.client import travelling_parts
+from fedrot.running.draws import drawn_for
 from fedrot.running.engine import Engine, Failure
+from fedrot.running.privacy import reduction_of
 from fedrot.running.recipe import Recipe
-from fedrot.running.records import Seen, add_diagnostics, broadcast_bytes, outcome_of, round_record, upload_bytes
-from fedrot.running.settings import drawn_count
+from fedrot.running.records import (
+    Seen,
+    add_diagnostics,
+    add_kept,
+    broadcast_bytes,
+    outcome_of,
+    round_record,
+    upload_bytes,
+)
 
 
 class Watcher(Protocol):
@@ -57,6 +68,8 @@ class Collected:
     reduction: Reduction
     observer: Observer | None
     variates: Reduction | None = None
+    held: list[Upload] = field(default_factory=list)  # until a rule against hostile clients has seen all
+    kept: Mapping[str, float] = field(default_factory=dict)  # client -> what the rule let through of its upload
     uploads: dict[str, Seen] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     bytes_up: int = 0
@@ -69,12 +82,18 @@ class Collected:
 
 
 def play(recipe: Recipe, engine: Engine, state: ServerState, store: Store, watcher: Watcher) -> ServerState:
-    """Run the rounds that are left and give the last state.
+    """Run the rounds that are left, as many as privacy.budget allows, and give the last state.
 
     Raises `RunError` when a round leaves fewer usable uploads than the quorum; every finished round is in the store.
     """
+    spent: list[float] | None = None
+    if recipe.privacy.mode != "none":
+        spent = Accountant(recipe).by_round(engine.clients)
+        recipe = replace(recipe, rounds=len(spent))
     while state.broadcast.round < recipe.rounds:
         state, record = play_round(recipe, engine, state, watcher)
+        if spent is not None:
+            record["privacy"] = {"epsilon": spent[record["round"]], "delta": recipe.privacy.delta}
         store.save(record, Checkpoint(state, engine.states()))
         watcher.round_finished(record)
     return state
@@ -87,12 +106,15 @@ def play_round(
     began = time.perf_counter()
     broadcast = state.broadcast
     number = broadcast.round
-    drawn = draw_clients(engine.clients, recipe.federation.participation, recipe.seed, number)
+    drawn = drawn_for(recipe, engine.clients, number)
+    if drawn:
+        _check_rule(recipe, number, len(drawn), len(drawn))
     watcher.round_started(number, recipe.rounds, drawn)
-    collected = collect(recipe, broadcast, in_order(engine.train(broadcast, drawn), drawn), len(drawn), watcher)
+    uploads = in_order(engine.train(broadcast, drawn) if drawn else (), drawn)
+    collected = collect(recipe, broadcast, uploads, len(drawn), len(engine.clients), watcher)
     _check_quorum(recipe, number, collected, len(drawn))
+    reduced = _reduce(recipe, broadcast, collected, len(drawn))
     since = time.perf_counter()
-    reduced = collected.reduction.result()
     if recipe.method.capabilities.second_phase:
         reduced = replace(reduced, answer=_second_phase(recipe, engine, state, reduced, collected, watcher))
         _check_quorum(recipe, number, collected, len(drawn))
@@ -106,11 +128,13 @@ def play_round(
     shared_head = recipe.lora.head == "shared"
     down = broadcast_bytes(broadcast, shared_head) * len(drawn) + collected.bytes_down
     record = round_record(broadcast, drawn, collected.uploads, collected.dropped, down, collected.bytes_up)
+    add_kept(record, collected.kept)
     if measured(recipe.diagnostics, number):
         since = time.perf_counter()
         # A server optimizer goes elsewhere on purpose: there is no error in that.
         sent = outcome_of(state.broadcast) if recipe.server.optimizer == "none" else ()
-        errors = collected.observer.result(sent) if collected.observer is not None else None
+        seen = collected.observer if collected.uploads else None
+        errors = seen.result(sent) if seen is not None else None
         add_diagnostics(record, errors, collected.uploads)
         collected.spend("diagnose", since)
     if (number + 1) % recipe.evaluation.every == 0 or number + 1 == recipe.rounds:
@@ -124,12 +148,37 @@ def play_round(
 
 
 def _check_quorum(recipe: Recipe, round: int, collected: Collected, drawn: int) -> None:
-    needed = max(1, math.ceil(recipe.federation.quorum * drawn - 1e-9))
+    needed = max(min(1, drawn), math.ceil(recipe.federation.quorum * drawn - 1e-9))
     if len(collected.uploads) < needed:
         raise RunError(
             f"round {round}: {len(collected.uploads)} of {drawn} uploads were usable, the quorum is {needed} "
             f"(federation.quorum); the last good state is kept; dropped: {_reasons(collected)}"
         )
+
+
+def _check_rule(recipe: Recipe, round: int, uploads: int, drawn: int) -> None:
+    try:
+        check_count(recipe.robust, uploads, drawn)
+    except FedrotError as problem:
+        raise RunError(f"round {round}: {problem}; the last good state is kept") from None
+
+
+def _reduce(recipe: Recipe, broadcast: Broadcast, collected: Collected, drawn: int) -> Reduced:
+    """The mean of the round's uploads; with a rule, of what it lets through of those that were held."""
+    mean = None
+    if recipe.robust.rule != "none":
+        _check_rule(recipe, broadcast.round, len(collected.held), drawn)
+        since = time.perf_counter()
+        parts = travelling_parts(recipe, broadcast.round)
+        accepted = accept(recipe.robust, collected.held, broadcast.adapter, parts, drawn)
+        collected.held, collected.kept, mean = [], accepted.kept, accepted.mean
+        collected.spend("aggregate", since)
+        for upload in accepted.uploads:
+            _fold_in(upload, collected.uploads[upload.client].weight, collected)
+    since = time.perf_counter()
+    reduced = collected.reduction.result()
+    collected.spend("aggregate", since)
+    return reduced if mean is None else replace(reduced, mean=mean)
 
 
 def _reasons(collected: Collected) -> str:
@@ -182,15 +231,6 @@ def _second_phase(
     return answers.result().mean
 
 
-def draw_clients(clients: Sequence[str], participation: float, seed: int, round: int) -> list[str]:
-    """The clients of a round, sorted; at least one. Depends on seed, round and the clients' names alone."""
-    count = drawn_count(len(clients), participation)
-    if count == len(clients):
-        return sorted(clients)
-    order = torch.randperm(len(clients), generator=generator(seed, round, "draw")).tolist()
-    return sorted(sorted(clients)[i] for i in order[:count])
-
-
 def in_order(results: Iterable[Upload | Failure], expected: Sequence[str]) -> Iterator[Upload | Failure]:
     """The results in the order of `expected`, whatever order they came in: sums then have one order of terms.
 
@@ -210,15 +250,22 @@ def in_order(results: Iterable[Upload | Failure], expected: Sequence[str]) -> It
 
 
 def collect(
-    recipe: Recipe, broadcast: Broadcast, results: Iterable[Upload | Failure], asked: int, watcher: Watcher
+    recipe: Recipe,
+    broadcast: Broadcast,
+    results: Iterable[Upload | Failure],
+    asked: int,
+    clients: int,
+    watcher: Watcher,
 ) -> Collected:
-    """Check every result and fold the good ones in, one at a time; what is dropped is noted with its reason."""
+    """Check every result and fold the good ones in, one at a time; what is dropped is noted with its reason. `asked` of
+    all `clients` were drawn.
+    """
     parts = travelling_parts(recipe, broadcast.round)
     needs = recipe.method.capabilities
     # Only uploads that are the clients' factors say what averaging them loses.
-    watched = not (needs.personal or needs.second_phase)
+    watched = not (needs.personal or needs.second_phase or recipe.privacy.mode == "local")
     collected = Collected(
-        Reduction(broadcast.adapter, parts, keep=needs.reduction == "factors"),
+        reduction_of(recipe, broadcast.adapter, parts, broadcast.round, clients),
         observer(recipe.diagnostics, broadcast.round, asked, seed_of(recipe.seed, broadcast.round))
         if watched
         else None,
@@ -226,42 +273,57 @@ def collect(
         Reduction(broadcast.adapter.map(torch.zeros_like), parts) if recipe.local.scaffold else None,
     )
     for result in results:
-        reason = _take_in(recipe, broadcast.adapter, result, collected)
+        reason = _take_in(recipe, broadcast.adapter, parts, result, collected)
         if reason is None and isinstance(result, Upload):
             collected.bytes_up += upload_bytes(result, parts, recipe.federation.compression)
         watcher.client_done(result.client, reason)
     return collected
 
 
-def _take_in(recipe: Recipe, form: Adapter, result: Upload | Failure, collected: Collected) -> str | None:
-    """Fold one result in; the reason if it was dropped."""
+def _take_in(
+    recipe: Recipe, form: Adapter, parts: frozenset[str], result: Upload | Failure, collected: Collected
+) -> str | None:
+    """Fold one result in, or hold it for the rule; the reason if it was dropped."""
     if isinstance(result, Failure):
         collected.dropped[result.client] = result.reason
         return result.reason
     since = time.perf_counter()
     try:
-        check_upload(result, form, recipe.checks, variate=collected.variates is not None)
+        reports = recipe.privacy.mode != "local"
+        check_upload(result, form, recipe.checks, variate=collected.variates is not None, reports=reports)
     except RejectedUpload as problem:
         collected.dropped[result.client] = str(problem)
         return str(problem)
     collected.spend("check", since)
-    since = time.perf_counter()
     weight = weight_of(result, recipe)
-    collected.reduction.add(result.adapter, weight)
-    if collected.variates is not None and result.variate is not None:
-        collected.variates.add(result.variate, 1.0)
-    collected.spend("aggregate", since)
-    since = time.perf_counter()
-    if collected.observer is not None:
-        collected.observer.add(result, weight)
-    collected.spend("diagnose", since)
+    if recipe.robust.rule == "none":
+        _fold_in(result, weight, collected)
+    else:
+        since = time.perf_counter()
+        collected.held.append(in_frame(result, form, parts))
+        collected.spend("aggregate", since)
     for phase, seconds in result.seconds.items():
         collected.seconds[phase] = collected.seconds.get(phase, 0.0) + seconds
     collected.uploads[result.client] = Seen(weight, result.used, result.metrics, result.layers)
     return None
 
 
+def _fold_in(upload: Upload, weight: float, collected: Collected) -> None:
+    """Add an upload to the sums and show it to the observer."""
+    since = time.perf_counter()
+    collected.reduction.add(upload.adapter, weight)
+    if collected.variates is not None and upload.variate is not None:
+        collected.variates.add(upload.variate, 1.0)
+    collected.spend("aggregate", since)
+    since = time.perf_counter()
+    if collected.observer is not None:
+        collected.observer.add(upload, weight)
+    collected.spend("diagnose", since)
+
+
 def weight_of(upload: Upload, recipe: Recipe) -> float:
     """An upload's weight by the method's rule or the recipe's; positive for every upload that passed the checks."""
+    if recipe.robust.rule not in ("none", "norm"):
+        return 1.0
     rule = recipe.method.weighting or recipe.federation.weighting
     return {"held": float(upload.held), "used": float(upload.used), "uniform": 1.0}[rule]

@@ -8,6 +8,8 @@ from typing import Any
 from fedrot.core.errors import RunError
 from fedrot.core.methods.base import ServerState
 from fedrot.core.products import joined
+from fedrot.running import accounting
+from fedrot.running.accounting import Accountant
 from fedrot.running.checkpoint import Checkpoint, load_latest, load_round, save_checkpoint, saved_rounds
 from fedrot.running.choices import described
 from fedrot.running.folder import RunFolder
@@ -30,9 +32,11 @@ def run(recipe: Recipe, out: Path, watcher: Watcher, resume: bool = False) -> Ru
     else:
         folder.refuse_existing()  # before anything slow is done
     try:
+        accountant = Accountant(recipe) if recipe.privacy.mode != "none" else None  # refuses before anything slow
         prepared = prepare(recipe)
         recipe = prepared.recipe
         engine = Simulation(prepared)
+        spent = accountant.by_round(engine.clients) if accountant else []
         checkpoint = _begin(folder, prepared) if resume else None
         # The inputs are all read, and trackers reached, before anything is written.
         fresh = checkpoint or Checkpoint(recipe.method.start(first_adapter(recipe, prepared.model)))
@@ -46,6 +50,8 @@ def run(recipe: Recipe, out: Path, watcher: Watcher, resume: bool = False) -> Ru
         folder.forget_metrics_from(checkpoint.rounds)
         keeper = _Keeper(folder, recipe, trackers, list(_scores(folder.metrics())))
         watcher.prepared(described(recipe))
+        if spent:
+            watcher.prepared(accounting.described(recipe, spent))
         try:
             last = play(recipe, engine, checkpoint.server, keeper, watcher)
         finally:
@@ -123,7 +129,10 @@ def _finish(folder: RunFolder, recipe: Recipe, engine: Simulation, state: Server
     """Write the adapter, or one for each client with a head of its own, and the last scores."""
     chosen = state.broadcast.round - 1
     result: dict[str, Any] = {"rounds": recipe.rounds, "method": recipe.method.name, "round": chosen}
-    result["evaluation"] = folder.metrics()[chosen]["evaluation"]
+    record = folder.metrics()[chosen]
+    result["evaluation"] = record["evaluation"]
+    if "privacy" in record:
+        result["privacy"] = {**record["privacy"], "rounds": chosen + 1, "stopped": chosen + 1 < recipe.rounds}
     if recipe.evaluation.final is not None:
         watcher.evaluating(recipe.evaluation.final)
         # Where problems are answered, the loss is that of the same problems.

@@ -71,6 +71,10 @@ def main(words: Sequence[str]) -> int:
     result = folder.read_json("result.json")
     if recipe.evaluation.choose == "best":
         print(f"round {result['round']} of {recipe.rounds} scored best on {recipe.evaluation.split}")
+    if private := result.get("privacy"):
+        epsilon = "infinite" if private["epsilon"] is None else f"{private['epsilon']:.3g}"
+        ended = f", where privacy.budget ended the run of {recipe.rounds}" if private["stopped"] else ""
+        print(f"epsilon {epsilon} at delta {private['delta']:g}  (after {private['rounds']} rounds{ended})")
     scores = result.get("final") or result["evaluation"]
     name = scores["metric"].replace("_", " ")
     print(f"{scores['split']} {name} {scores[scores['metric']]:.4f}  ({scores['examples']} examples)")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrot.app.report.load import RunData, load_runs
+from fedrot.app.report.promise import epsilon, promise
 from fedrot.app.report.verdict import verdict
 from fedrot.core.files import write_atomic
 from fedrot.running.recipe_file import to_yaml
@@ -53,8 +54,10 @@ def _draw(runs: Sequence[RunData], folder: Path) -> list[dict[str, Any]]:
     if first:
         counts = first["label_counts"]["train"]
         plan.append(("labels", "Who holds what.", lambda: figures.label_shares(counts, first["labels"])))
+    if any(epsilon(run) is not None for run in runs):
+        plan.append(("privacy", "What the rounds cost in privacy.", lambda: figures.privacy(runs)))
     plan.append(("cost", "What the rounds cost.", lambda: figures.cost(runs)))
-    small = {"clients": True, "labels": True, "aggregation": len(runs) == 1}
+    small = {"clients": True, "privacy": True, "labels": True, "aggregation": len(runs) == 1}
     return draw(plan, folder, narrow=[name for name, is_small in small.items() if is_small])
 
 
@@ -78,6 +81,7 @@ def _page(runs: Sequence[RunData], drawn: list[dict[str, Any]]) -> str:
         "page.html.j2",
         title=" and ".join(dict.fromkeys(run.recipe.name for run in runs)),
         runs=[_summary(run) for run in runs],
+        private=any(run.recipe.privacy.mode != "none" for run in runs),
         figures=drawn,
     )
 
@@ -98,6 +102,20 @@ def _score(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
+def _limited(run: RunData) -> list[tuple[str, int, int, float, float]]:
+    """(client, rounds, rounds in which the rule cut something, kept on average, least kept), the least kept first."""
+    kept: dict[str, list[float]] = {}
+    for record in run.metrics:
+        for client, share in record["clients"].get("kept", {}).items():
+            kept.setdefault(client, []).append(share)
+    rows = [
+        (client, len(shares), sum(share < 1 for share in shares), sum(shares) / len(shares), min(shares))
+        for client, shares in kept.items()
+        if min(shares) < 1
+    ]
+    return sorted(rows, key=lambda row: (row[3], row[0]))
+
+
 def _summary(run: RunData) -> dict[str, Any]:
     """A run's row of the table and its details."""
     scored = [record["evaluation"] for record in run.metrics if "evaluation" in record]
@@ -112,12 +130,16 @@ def _summary(run: RunData) -> dict[str, Any]:
         "made_up": run.recipe.data.made_up,
         "path": run.path.name,
         "verdict": verdict(run),
+        "promise": promise(run),
+        "epsilon": epsilon(run),
         "rounds": len(run.metrics),
         "planned": run.recipe.rounds,
         "final": final,
         "megabytes_up": sum(record["bytes"]["up"] for record in run.metrics) / 1e6,
         "seconds": sum(record["seconds"]["round"] for record in run.metrics),
         "dropped": dropped,
+        "rule": run.recipe.robust.rule,
+        "limited": _limited(run),
         "recipe": to_yaml(run.recipe),
         "versions": {k: v for k, v in run.versions.items() if isinstance(v, str)},
     }

@@ -194,6 +194,18 @@ def last_in_rounds(run: RunData) -> dict[str, Any]:
     return next((r["evaluation"] for r in reversed(run.metrics) if "evaluation" in r), {})
 
 
+def privacy(runs: Sequence[RunData]) -> Figure:
+    """Epsilon by round, and the budgets that were given."""
+    figure, (ax,) = empty_figure()
+    for run, colour in _colours(runs):
+        _line(ax, run, lambda r: r["privacy"]["epsilon"], run.label, color=colour)
+        if run.recipe.privacy.budget is not None:
+            ax.axhline(run.recipe.privacy.budget, color=colour, linestyle=":", label=f"{run.label}, budget")
+    ax.set_ylim(bottom=0)
+    by_round(ax, "Privacy spent after each round", "epsilon")
+    return figure
+
+
 def cost(runs: Sequence[RunData]) -> Figure:
     """Seconds by phase and bytes by direction, all rounds together."""
     figure, (left, right) = empty_figure(2)

@@ -59,6 +59,15 @@ class Capabilities:
         return self.reduction == "sum" and self.server_optimizer
 
     @property
+    def rules(self) -> frozenset[str]:
+        """The rules against hostile clients (`robust.rule`) that it goes with: those that choose or scale uploads, and
+        where the mean is enough those that take it number by number. A control's frames must stay as they are.
+        """
+        if self.second_phase or self.personal or self.pooled or self.control:
+            return frozenset()
+        return frozenset({"norm", "krum"} | ({"median", "trimmed"} if self.reduction == "sum" else set()))
+
+    @property
     def variates(self) -> bool:
         """SCAFFOLD's control variates keep their meaning: one frame and one set of parameters for all rounds."""
         lost = self.second_phase or self.personal or self.pooled or not self.reports_turn

@@ -1,0 +1,55 @@
+"""Differential privacy in a run: what a client sends, and what the server makes of a round's uploads.
+
+The order at a client: train, turn, clip, add noise (local), compress. At the server (central): clip again, since a
+client may not have done it, sum, add noise. docs/privacy.md says what follows for whom; accounting.py what it costs.
+"""
+
+from fedrot.core.adapter import Adapter
+from fedrot.core.methods.base import Upload
+from fedrot.core.privacy import (
+    NoisyMean,
+    Normals,
+    clipped_change,
+    seeded_normals,
+    system_normals,
+    with_change,
+    with_noise,
+)
+from fedrot.core.reduce import Reduction
+from fedrot.core.seeding import generator
+from fedrot.running.recipe import Recipe
+
+
+def guarded(adapter: Adapter, broadcast: Adapter, parts: frozenset[str], recipe: Recipe, *key: int | str) -> Adapter:
+    """What a client sends of its adapter: its change clipped and, in local mode, with noise. `key` names the noise."""
+    mode, clip = recipe.privacy.mode, recipe.privacy.clip
+    if mode == "none" or clip is None:
+        return adapter
+    change = clipped_change(adapter, broadcast, parts, clip)
+    if mode == "local":
+        change = with_noise(change, _deviation(recipe), _normals(recipe, *key))
+    return with_change(broadcast, change)
+
+
+def silent(upload: Upload, recipe: Recipe) -> Upload:
+    """In local mode the upload with nothing but its adapter: counts, losses, rotations and times say something of the
+    data, and none of them has noise.
+    """
+    return Upload(upload.client, upload.adapter, held=0, used=0) if recipe.privacy.mode == "local" else upload
+
+
+def reduction_of(recipe: Recipe, form: Adapter, parts: frozenset[str], round: int, clients: int) -> Reduction:
+    """What a round's uploads go into, of all `clients` of the federation: a weighted mean, or one with noise."""
+    if recipe.privacy.mode != "central" or recipe.privacy.clip is None:
+        return Reduction(form, parts, keep=recipe.method.capabilities.reduction == "factors")
+    expected = recipe.federation.participation * clients
+    normals = _normals(recipe, recipe.seed, round)
+    return NoisyMean(form, parts, recipe.privacy.clip, _deviation(recipe), expected, normals)
+
+
+def _deviation(recipe: Recipe) -> float:
+    return (recipe.privacy.noise or 0.0) * (recipe.privacy.clip or 0.0)
+
+
+def _normals(recipe: Recipe, *key: int | str) -> Normals:
+    return system_normals if recipe.privacy.secure else seeded_normals(generator(*key, "privacy"))

@@ -1,0 +1,71 @@
+"""What a site makes of odd requests and of its own faults: a refusal with the reason, and it is there for the next."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from network_faults import Known, known_run
+
+from fedrot.running.simulation import Simulation
+
+
+@pytest.fixture(scope="module")
+def known(
+    tiny_recipe: Callable[[], dict[str, Any]], tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Known:
+    return known_run(tiny_recipe(), tiny_data, tmp_path_factory.mktemp("known"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kind": None}, "kind must be of type str"),
+        ({"kind": ["train"]}, "kind must be of type str"),
+        ({"kind": "forget\n"}, "kind 'forget\\n' is not known"),
+        ({"round": None}, "round must be of type int"),
+        ({"round": -1}, "round must be a whole number"),
+        ({"round": 10**400}, "round must be a whole number"),
+        ({"round": 99}, "the recipe has 3 rounds"),
+        ({"roles": "adapter"}, "roles must be of type list"),
+        ({"roles": [["adapter"]]}, "the broadcast holds [['adapter']]"),
+        ({"roles": ["reference"]}, "bytes, at least"),
+        ({"schema": "0"}, "packs adapters of schema '0'"),
+        ({"base": 5}, "change of the base cannot be read"),
+        ({"base": {"bytes": -8}}, "bytes must be a whole number"),
+        ({"base": {"bytes": 8}}, "bytes, at least"),
+        ({"base": {"bytes": 0, "form": {}}}, "change of the base cannot be read"),
+        ({"accepted": "yes"}, "accepted must be of type int"),
+        ({"accepted": -1}, "accepted must be a whole number"),
+        ({"kind": "answer", "round": 99}, "has nothing of round 99 to answer from"),
+        ({"kind": "evaluate"}, "split must be of type str"),
+        ({"kind": "evaluate", "split": ["test"]}, "split must be of type str"),
+        ({"kind": "evaluate", "split": "secret"}, "has no split 'secret'"),
+        ({"kind": "evaluate", "split": "test", "limit": 0}, "limit must be a whole number of at least 1"),
+        ({"kind": "evaluate", "split": "test", "limit": True}, "limit must be of type int"),
+        ({"kind": "evaluate", "split": "test", "limit": [1]}, "limit must be of type int"),
+    ],
+)
+def test_a_site_refuses_what_it_cannot_answer(change: dict[str, Any], words: str, known: Known) -> None:
+    sent = next(request for _, request, _ in known.post.carried if request.header["kind"] == "train")
+    reply = known.post.sites["music"].handle(replace(sent, header={**sent.header, **change}))
+    assert words in (reply.refused or "")
+    assert not (known.post.memory / "music").exists()
+
+
+def test_a_site_outlives_a_fault_of_its_own(
+    known: Known, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server is told what kind of fault it was, the site's log has the rest."""
+
+    def broken(self: Simulation, *args: Any) -> Any:
+        raise ZeroDivisionError("a secret of the data")
+
+    site = known.post.sites["music"]
+    sent = next(r for client, r, _ in known.post.carried if client == "music" and r.header["kind"] == "train")
+    with monkeypatch.context() as patch:
+        patch.setattr(Simulation, "rounds", broken)
+        assert site.handle(sent).refused == "music: ZeroDivisionError; the site's own log says where"
+    assert "a secret of the data" in caplog.text
+    assert site.handle(sent).refused is None
