@@ -116,11 +116,13 @@ def main() -> None:
     torch.set_num_threads(1)
     BUILD.mkdir(exist_ok=True)
     sst2, gsm8k = within(call.data, "sst2") or call.data, within(call.data, "gsm8k")
+    # Problems are long: a few say enough, and a reduced run takes fewer.
+    few = {"clients": min(3, call.clients), "steps": min(3, call.steps), "limit": min(8, max(2, call.limit // 100))}
     recipe = make_recipe(sst2, call.clients, call.steps, limit=call.limit)
     ready = prepare(recipe)
     parts: dict[str, Callable[[], list[Result]]] = {
         "a round": lambda: against_published(ready, call.repeats),
-        "a language model": lambda: language_model(prepare(language_recipe(gsm8k)), call.repeats),
+        "a language model": lambda: language_model(prepare(language_recipe(gsm8k, **few)), call.repeats),
         "throughput": lambda: throughput(ready, call.repeats),
         "threads and workers": lambda: side_by_side(ready, call.repeats),
         "numbers of clients": lambda: scale(sst2, [int(n) for n in call.scale.split(",")], call.total),
