@@ -28,7 +28,7 @@ demo: $(RUN)
 	@$(BIN)/fedrot report $(DEMO_OUT)/fedit $(DEMO_OUT)/fedrot --out $(DEMO_OUT)
 
 test: $(DEV)
-	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: $(DEV)
 	$(BIN)/ruff check .
