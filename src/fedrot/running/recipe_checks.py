@@ -1,4 +1,4 @@
-"""What a recipe's values must be, each by itself and together: what cannot work is refused with the reason and the choices."""
+"""What a recipe's values must be, each by itself and together: what cannot work is refused with the reason."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
