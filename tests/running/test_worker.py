@@ -195,7 +195,7 @@ def test_a_worker_answers_as_the_site_does_and_goes_on_after_it_was_killed(
         count = {what: log.count(what) for what in ("listens at", " join: ", "train of round", "given again")}
         assert count == {"listens at": 1, " join: ": 1, "train of round": 3, "given again": 1}
 
-        first = worker._process
+        first = worker.keeper.process
         assert first is not None
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(str(path))
@@ -209,10 +209,10 @@ def test_a_worker_answers_as_the_site_does_and_goes_on_after_it_was_killed(
         for asked, reply in (join, rounds[2]):  # from the factor that is on disk
             same(ask(path, asked), reply)
 
-        second = worker._process
+        second = worker.keeper.process
         assert second is not None
         assert second.stdin is not None
         assert second.pid != first.pid
-        worker._ending.set()
+        worker.keeper._ending.set()
         second.stdin.close()  # as when the keeper is gone
         assert second.wait(10.0) == 0

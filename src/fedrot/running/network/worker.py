@@ -4,12 +4,10 @@ Processes that live for one message ask it over a Unix socket (`channel.ask`). W
 client keeps, in its folder; a server has a site that was started again join anew.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -21,12 +19,11 @@ from typing import Any
 
 from fedrot.core.errors import FedrotError, RunError
 from fedrot.running.network.channel import Handle, Listener, WorkerError, ask, lock
+from fedrot.running.network.keeper import Keeper, Process, Program
 from fedrot.running.network.messages import Message, shown
 from fedrot.running.network.site import Here, Site
 
 _PING = "here"  # a request that the worker answers itself, at once
-_LIVED = 600.0  # seconds after which a death is not counted with those before
-_LONGEST_PAUSE = 60.0  # seconds
 
 _log = logging.getLogger("fedrot")
 
@@ -88,8 +85,8 @@ class Worker:
         folder: where what the client keeps and the log (worker.log) are.
         path: the worker's socket.
         seconds: how long it may take until it answers; models are loaded later.
-        pause: seconds before it is started again; twice as many after every further death, 60 at most.
-        limit: deaths in a row, less than ten minutes after the start, after which it is given up.
+        pause: see `Keeper`.
+        limit: see `Keeper`.
 
     Raises:
         WorkerError: on entering, the worker ended or did not answer in time.
@@ -98,59 +95,34 @@ class Worker:
     def __init__(
         self, here: Here, folder: Path, path: Path, seconds: float = 120.0, pause: float = 1.0, limit: int = 5
     ) -> None:
-        self._here, self._folder, self._path = here, folder.absolute(), path.absolute()
-        self._seconds, self._pause, self._limit = seconds, pause, limit
-        self.log = self._folder / "worker.log"
-        self._process: subprocess.Popen[bytes] | None = None
-        self._starting, self._ending, self._over = threading.Lock(), threading.Event(), threading.Event()
-        self._reason: str | None = None
-        self._watcher = threading.Thread(target=self._watch, name="fedrot-keeper", daemon=True)
+        self._here, self._path, self._seconds = here, path.absolute(), seconds
+        self.log = folder.absolute() / "worker.log"
+        settings = {"here": asdict(here), "folder": str(folder.absolute()), "socket": str(self._path)}
+        environment = {"TOKENIZERS_PARALLELISM": "false"}
+        if threads := (here.compute or {}).get("threads"):
+            environment |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        # -P: no module comes from the folder that this happens to be started in.
+        command = [sys.executable, "-P", "-m", "fedrot.running.network.worker", json.dumps(settings, default=str)]
+        program = Program(f"{here.name}: the worker", command, self.log, environment)
+        self.keeper = Keeper(program, self._until_it_answers, pause, limit)
 
     def __enter__(self) -> "Worker":
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._process = self._start()
-        try:
-            self._until_it_answers(self._process)
-        except BaseException:
-            self._end(self._process)
-            raise
-        self._watcher.start()
+        self.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.keeper.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with self._starting:
-            self._ending.set()
-        if self._process is not None:
-            self._end(self._process)
-        self._watcher.join()
+        self.keeper.__exit__(kind, error, at)
 
-    def wait(self) -> None:
-        """Return when it was ended. Raises `WorkerError` when it was given up."""
-        self._over.wait()
-        if self._reason is not None:
-            raise WorkerError(self._reason)
+    def wait(self, seconds: float | None = None) -> bool:
+        """See `Keeper.wait`."""
+        return self.keeper.wait(seconds)
 
-    def _start(self) -> "subprocess.Popen[bytes]":
-        settings = {"here": asdict(self._here), "folder": str(self._folder), "socket": str(self._path)}
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-        if threads := (self._here.compute or {}).get("threads"):
-            environment |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        # -P: no module comes from the folder that this happens to be started in. The pipe is held open by this process
-        # alone, so its end tells the worker that nobody keeps it any more.
-        command = [sys.executable, "-P", "-m", "fedrot.running.network.worker", json.dumps(settings, default=str)]
-        log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        try:
-            return subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-        finally:
-            os.close(log)
-
-    def _until_it_answers(self, process: "subprocess.Popen[bytes]") -> None:
+    def _until_it_answers(self, process: Process) -> None:
         end = time.monotonic() + self._seconds
         while time.monotonic() < end:
             if process.poll() is not None:
-                raise WorkerError(self._died(process.returncode))
+                raise WorkerError(self.keeper.program.died(process.returncode))
             try:
                 reply = ask(self._path, Message.of(kind=_PING), 0.2, patience=5.0)
             except WorkerError:
@@ -159,53 +131,6 @@ class Worker:
                 return
             time.sleep(0.2)  # another one's: this one will end, and say so
         raise WorkerError(f"{self._here.name}: the worker did not answer within {self._seconds:g} s; see {self.log}")
-
-    def _watch(self) -> None:
-        deaths, process = 0, self._process
-        while process is not None:
-            began = time.monotonic()
-            code = process.wait()
-            if self._ending.is_set():
-                break
-            deaths = 1 if time.monotonic() - began > _LIVED else deaths + 1
-            if code == 2 or deaths > self._limit:  # 2: it said what must be mended
-                self._reason = f"{self._died(code)}; it is not started again"
-                _log.error("%s", self._reason)
-                break
-            pause = min(self._pause * 2 ** (deaths - 1), _LONGEST_PAUSE)
-            _log.warning("%s; it is started again in %g s", self._died(code), pause)
-            self._ending.wait(pause)
-            with self._starting:
-                if self._ending.is_set():
-                    break
-                try:
-                    process = self._process = self._start()
-                except OSError as problem:
-                    self._reason = f"{self._here.name}: the worker cannot be started again ({problem})"
-                    _log.error("%s", self._reason)
-                    break
-        self._over.set()
-
-    def _died(self, code: int) -> str:
-        text = ""
-        with contextlib.suppress(FileNotFoundError), self.log.open("rb") as file:
-            file.seek(max(0, self.log.stat().st_size - 2000))
-            text = file.read().decode(errors="replace")
-        last = next((line.strip() for line in reversed(text.split("\n")) if line.strip()), "nothing")[:300]
-        how = f"signal {-code}" if code < 0 else f"code {code}"
-        return f"{self._here.name}: the worker ended ({how}; {self.log} ends with: {last})"
-
-    @staticmethod
-    def _end(process: "subprocess.Popen[bytes]") -> None:
-        """Its files are written in one step each, so that it may be ended at any time."""
-        if process.stdin is not None:
-            process.stdin.close()
-        process.terminate()
-        try:
-            process.wait(10.0)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def main(words: Sequence[str]) -> int:
