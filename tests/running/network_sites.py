@@ -60,6 +60,9 @@ class LocalPost:
         for client in sorted(requests, reverse=True):  # in an order that is not the clients'
             if client in self.away:
                 continue
+            if client not in self.sites:
+                yield client, "is not connected"
+                continue
             request = carried(requests[client])
             reply = carried(self.sites[client].handle(request))
             self.carried.append((client, request, reply))

@@ -221,7 +221,7 @@ def joined(
     tiny = deployed(tiny_recipe(), post, "--method.name", "fedsa").play(2)
     assert tiny.records[1]["clients"]["dropped"] == {}
     request = next(r for c, r, _ in reversed(post.carried) if c == "music" and r.header["kind"] == "train")
-    return post.sites["music"], post.memory / "music", request
+    return post.sites["music"], post.memory / "music" / "run", request
 
 
 def memory(folder: Path) -> dict[str, bytes]:

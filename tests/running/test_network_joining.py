@@ -169,7 +169,7 @@ def test_replies_that_nobody_asked_for_bring_nobody_in(ready: Prepared, known: L
 
 
 def request(recipe: Any, version: str = __version__) -> Message:
-    return Message.of(kind="join", fedrot=version, recipe=recipe)
+    return Message.of(kind="join", fedrot=version, run="run", recipe=recipe)
 
 
 def test_a_site_refuses_a_server_of_another_version(post: LocalPost) -> None:

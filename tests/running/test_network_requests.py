@@ -51,7 +51,7 @@ def test_a_site_refuses_what_it_cannot_answer(change: dict[str, Any], words: str
     sent = next(request for _, request, _ in known.post.carried if request.header["kind"] == "train")
     reply = known.post.sites["music"].handle(replace(sent, header={**sent.header, **change}))
     assert words in (reply.refused or "")
-    assert not (known.post.memory / "music").exists()
+    assert not (known.post.memory / "music" / "run").exists()
 
 
 def test_a_site_outlives_a_fault_of_its_own(

@@ -56,7 +56,7 @@ def assert_same_runs(there: Tiny, here: Tiny, post: LocalPost) -> None:
     assert used[0] == used[1]
     for client, state in here.engine.states().items():
         accepted = max(record["round"] for record in here.records if client in record["clients"]["used"])
-        assert_same_state(Memory(post.memory / client).of(accepted, client), state)
+        assert_same_state(Memory(post.memory / client / "run").of(accepted, client), state)
     scores = [[record["evaluation"]["by_client"] for record in tiny.records] for tiny in (there, here)]
     assert scores[0] == scores[1]
 
@@ -74,7 +74,7 @@ def test_a_site_that_is_killed_before_its_upload_arrives(
     there = deployed(tiny_values, post, "--rounds", str(ROUNDS), *flags).play()
 
     def killed(request: Message, reply: Message) -> None:
-        assert (post.memory / "music" / "round-000001.safetensors").exists()
+        assert (post.memory / "music" / "run" / "round-000001.safetensors").exists()
         post.restart("music")
 
     post.faults["music", "train"] = killed
@@ -98,7 +98,7 @@ def test_sites_that_are_killed_between_rounds(
     here = begin(tiny_values, *ONE_BY_ONE, "--rounds", str(ROUNDS), "--evaluation.every", "2", *flags).play(ROUNDS)
     assert_equal(there.adapter, here.adapter)
     for client, state in here.engine.states().items():
-        assert_same_state(Memory(post.memory / client).of(ROUNDS - 1, client), state)
+        assert_same_state(Memory(post.memory / client / "run").of(ROUNDS - 1, client), state)
     assert [record["clients"]["dropped"] for record in there.records] == [{}] * ROUNDS
 
 
@@ -119,7 +119,7 @@ def test_a_site_that_cannot_be_reached_for_a_while(
     here.engine.faults = {}
     here.play()
     assert_equal(there.adapter, here.adapter)
-    assert_same_state(Memory(post.memory / "music").of(ROUNDS - 1, "music"), here.engine.states()["music"])
+    assert_same_state(Memory(post.memory / "music" / "run").of(ROUNDS - 1, "music"), here.engine.states()["music"])
 
 
 @stateful
@@ -228,9 +228,9 @@ def test_memory_that_is_lost_is_said_and_can_be_brought_back(
 ) -> None:
     flags = ("--rounds", str(ROUNDS), "--method.name", "fedsa")
     there = deployed(tiny_values, post, *flags).play()
-    shutil.copytree(post.memory / "music", tmp_path / "copy")
+    shutil.copytree(post.memory / "music" / "run", tmp_path / "copy")
     post.restart("music")
-    path = post.memory / "music" / "round-000000.safetensors"
+    path = post.memory / "music" / "run" / "round-000000.safetensors"
     content = path.read_bytes()
     path.unlink()
     if damage == "cut":

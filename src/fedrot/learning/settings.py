@@ -71,6 +71,9 @@ class DataSettings:
     """Column of the second text, if any."""
     label: str = "label"
     """Column of the label."""
+    labels: list[str] | None = None
+    """The labels' names in their order (source files), where not every file has all of them, as at sites that each have
+    data of their own. Null: those of the training file, numbers by value and names by alphabet."""
     response: str | None = None
     """Column of the response that a language model learns to give to the text (source files); there is no label."""
     messages: str | None = None

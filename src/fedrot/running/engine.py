@@ -1,8 +1,8 @@
 """What rounds.py asks of an engine, whatever it runs on."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from fedrot.core.adapter import Adapter
 from fedrot.core.methods.base import Broadcast, ClientState, Upload
@@ -17,12 +17,28 @@ class Failure:
     reason: str
 
 
+@dataclass(frozen=True)
+class Summed:
+    """What is known of several clients whose uploads nobody saw: their weighted mean (secure.aggregation)."""
+
+    clients: tuple[str, ...]
+    mean: Adapter
+    weight: int  # of all of them together
+    clipped: float  # share of their numbers that secure.range cut off
+    reports: Mapping[str, float]  # loss: the weighted mean; rows, tokens: sums. Empty where clients report nothing
+    up: int  # bytes that travelled for it, of all clients together
+    down: int  # beside the broadcast or the question
+
+
 class Engine(Protocol):
     """Runs clients. `train` yields each client's upload or failure as it comes, in any order."""
 
     @property
     def clients(self) -> Sequence[str]:
         """Every client's name, sorted."""
+
+    def begin(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Rounds are about to be played, after those whose records these are. Raises `RunError` where they cannot."""
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Upload | Failure]:
         """One round of local training by these clients."""
@@ -36,8 +52,32 @@ class Engine(Protocol):
     def evaluate(self, broadcast: Broadcast, split: str, limit: int | None = None) -> Evaluation:
         """Score the global model, or each client's own where models are personal, on at most `limit` rows."""
 
+    def answers(self, broadcast: Broadcast, split: str) -> Evaluation:
+        """Score what a language model writes, after the last round."""
+
+    def finish(self, broadcast: Broadcast) -> Mapping[str, Adapter]:
+        """The run is over. Each client's own model, where models are personal and clients are in this process."""
+
     def states(self) -> Mapping[str, ClientState]:
         """What the clients in this process keep between rounds, for the checkpoint."""
 
     def restore(self, states: Mapping[str, ClientState]) -> None:
         """Put back what `states` gave."""
+
+
+def in_order(results: Iterable[Upload | Failure], expected: Sequence[str]) -> Iterator[Upload | Failure]:
+    """The results in the order of `expected`, whatever order they came in: sums then have one order of terms.
+
+    A second result of a client, or one of a client that was not asked, is passed over. A client that never answered
+    becomes a failure.
+    """
+    waiting: dict[str, Upload | Failure] = {}
+    place = 0
+    for result in results:
+        if result.client in expected and result.client not in waiting and result.client not in expected[:place]:
+            waiting[result.client] = result
+        while place < len(expected) and expected[place] in waiting:
+            yield waiting.pop(expected[place])
+            place += 1
+    for client in expected[place:]:
+        yield waiting.get(client) or Failure(client, "gave no answer")

@@ -50,7 +50,18 @@ def ranges(r: "Recipe") -> Iterator[tuple[str, bool, str]]:
     yield "federation.quorum", 0 < r.federation.quorum <= 1, "in (0, 1]"
     deadline = r.federation.deadline
     yield "federation.deadline", deadline is None or 0 < deadline < inf, "positive, or null"
+    for key in ("buffer", "concurrency"):
+        value = getattr(r.federation, key)
+        yield f"federation.{key}", value is None or value >= 1, "at least 1, or null"
+    speeds = (r.federation.speeds or {}).values()
+    yield "federation.speeds", all(0 < speed < inf for speed in speeds), "positive, each"
+    yield "federation.spread", r.federation.spread is None or 0 <= r.federation.spread <= 10, "from 0 to 10, or null"
     yield "checks.max_norm", r.checks.max_norm is None or 0 < r.checks.max_norm < inf, "positive, or null"
+    yield "secure.threshold", 0.5 < r.secure.threshold <= 1, "above 0.5, at most 1"
+    yield "secure.fewest", r.secure.fewest >= 3, "at least 3"
+    yield "secure.range", 0 < r.secure.range < 2**20, "positive, below 2^20"
+    near = r.secure.neighbours
+    yield "secure.neighbours", near is None or (near >= 4 and near % 2 == 0), "an even number of at least 4, or null"
     yield "privacy.clip", r.privacy.clip is None or 0 < r.privacy.clip < inf, "positive, or null"
     yield "privacy.noise", r.privacy.noise is None or 0 <= r.privacy.noise < inf, "at least 0, or null"
     yield "privacy.delta", r.privacy.delta is None or 0 < r.privacy.delta < 1, "between 0 and 1, or null"
@@ -85,6 +96,10 @@ def check_combinations(r: "Recipe") -> None:
         raise RecipeError("data.train: give the file of training examples (source files)")
     if r.data.generated is not None and r.data.source not in ("glue", "gsm8k", "trec", "codesearchnet"):
         raise RecipeError(f"data.generated: there are no made-up examples for data.source {r.data.source}")
+    if r.data.labels is not None and (r.data.source != "files" or r.data.response or r.data.messages):
+        raise RecipeError("data.labels: it is for examples with labels of data.source files; leave it null")
+    if r.data.labels is not None and not 2 <= len(set(r.data.labels)) == len(r.data.labels):
+        raise RecipeError("data.labels: give two or more, each once")
     if r.data.response and r.data.messages:
         raise RecipeError("data: give data.response or data.messages, not both")
     if r.data.source != "files" and (r.data.response or r.data.messages):
@@ -113,6 +128,8 @@ def check_combinations(r: "Recipe") -> None:
     _method_checks(r)
     if r.privacy.mode != "none":
         _privacy_checks(r)
+    if r.secure.aggregation:
+        _secure_checks(r)
 
 
 def _method_checks(r: "Recipe") -> None:
@@ -154,10 +171,22 @@ def _method_checks(r: "Recipe") -> None:
             "broadcasts in a new frame each round, where what was lost means nothing; set federation.feedback false",
         ),
         (
+            r.federation.buffer is not None,
+            "federation.buffer",
+            lambda c: c.buffered,
+            "does not upload a change, of the same parts in every round, that could be added to a later broadcast",
+        ),
+        (
             r.privacy.mode != "none",
             "privacy.mode",
             lambda c: c.private,
             "makes more of clients' data than a sum of their changes, and that sum is all that clip and noise protect",
+        ),
+        (
+            r.secure.aggregation,
+            "secure.aggregation",
+            lambda c: c.summed,
+            "needs more of its clients than the sum of what they upload",
         ),
         (
             rule != "none",
@@ -184,11 +213,50 @@ def _method_checks(r: "Recipe") -> None:
     if r.local.scaffold and (r.lora.ranks or r.server.optimizer != "none"):
         raise RecipeError("local.scaffold: it goes with neither lora.ranks nor server.optimizer")
     _rule_checks(r)
+    _buffer_checks(r)
     if has.pooled and (r.lora.head == "personal" or r.federation.participation != 1):
         raise RecipeError(
             f"method.name: {r.method.name} has one client, which holds everything; set lora.head shared and "
             "federation.participation 1"
         )
+
+
+def _buffer_checks(r: "Recipe") -> None:
+    """Refuse what late uploads make unsound, with the reason."""
+    if r.federation.buffer is None:
+        if r.federation.concurrency is not None:
+            raise RecipeError("federation.concurrency: it is for federation.buffer; leave it null")
+        return
+    for refused, key, why in (
+        (
+            r.federation.participation != 1,
+            "federation.participation",
+            "nobody is drawn for a round; set it to 1 and federation.concurrency to how many train at once",
+        ),
+        (
+            bool(r.lora.ranks),
+            "lora.ranks",
+            "what a narrow client leaves out would be taken from the adapter by every late upload; leave it null",
+        ),
+        (
+            r.local.scaffold,
+            "local.scaffold",
+            "control variates are those of one broadcast, and uploads of a round are of several; set it to false",
+        ),
+        (
+            r.robust.rule != "none",
+            "robust.rule",
+            "rules compare changes of one broadcast, all of one weight; set it to none",
+        ),
+        (
+            r.privacy.mode != "none",
+            "privacy.mode",
+            "who takes part in a round depends on the clients' examples and speeds, which the accounting does not "
+            "cover; set it to none",
+        ),
+    ):
+        if refused:
+            raise RecipeError(f"{key}: with federation.buffer, {why}")
 
 
 def _privacy_checks(r: "Recipe") -> None:
@@ -239,6 +307,51 @@ def _privacy_checks(r: "Recipe") -> None:
     ):
         if refused:
             raise RecipeError(f"{key}: with privacy.mode {mode}, {why}")
+
+
+def _secure_checks(r: "Recipe") -> None:
+    """Refuse what needs uploads that nobody sees, with the reason."""
+    for refused, key, why in (
+        (
+            r.federation.compression != "none",
+            "federation.compression",
+            "every upload is whole numbers of four bytes, as its mask is; set it to none",
+        ),
+        (
+            r.federation.buffer is not None,
+            "federation.buffer",
+            "all clients of a sum change the same broadcast; set it to null",
+        ),
+        (
+            r.privacy.mode == "central",
+            "privacy.mode",
+            "the server cannot clip changes that it does not see; take local, where clients clip and add noise",
+        ),
+        (
+            r.robust.rule != "none",
+            "robust.rule",
+            "there are no uploads to compare, and a hostile client is bounded by secure.range alone; set it to none",
+        ),
+        (
+            r.local.scaffold,
+            "local.scaffold",
+            "control variates are not summed; set it to false",
+        ),
+        (
+            r.checks.max_norm is not None,
+            "checks.max_norm",
+            "no upload's norm is seen; set it to null, and secure.range to what a number may change by",
+        ),
+    ):
+        if refused:
+            raise RecipeError(f"{key}: with secure.aggregation, {why}")
+    if r.partition.clients is not None and r.partition.kind in ("iid", "dirichlet"):
+        drawn = drawn_count(r.partition.clients, r.federation.participation)
+        if drawn < r.secure.fewest:
+            raise RecipeError(
+                f"secure.fewest: {drawn} clients are drawn for a round, and no sum of fewer than {r.secure.fewest} is "
+                "opened; ask more clients"
+            )
 
 
 def _rule_checks(r: "Recipe") -> None:

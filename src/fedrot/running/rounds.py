@@ -1,9 +1,9 @@
 """The round: draw clients, broadcast, collect, check, reduce, serve, evaluate, checkpoint. Knows no transport."""
 
-import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,10 +18,12 @@ from fedrot.core.robust import accept, check_count, in_frame
 from fedrot.core.seeding import generator, seed_of
 from fedrot.core.server_opt import PREFIX, server_step
 from fedrot.running.accounting import Accountant
+from fedrot.running.buffered import Heard, fill_buffer
 from fedrot.running.checkpoint import Checkpoint
 from fedrot.running.client import travelling_parts
+from fedrot.running.clock import Clock, seconds_by_client
 from fedrot.running.draws import drawn_for
-from fedrot.running.engine import Engine, Failure
+from fedrot.running.engine import Engine, Failure, in_order
 from fedrot.running.privacy import reduction_of
 from fedrot.running.recipe import Recipe
 from fedrot.running.records import (
@@ -33,6 +35,7 @@ from fedrot.running.records import (
     round_record,
     upload_bytes,
 )
+from fedrot.running.settings import least_uploads
 
 
 class Watcher(Protocol):
@@ -104,14 +107,13 @@ def play_round(
 ) -> tuple[ServerState, dict[str, Any]]:
     """One round: the next state and the round's record."""
     began = time.perf_counter()
+    simulated = seconds_by_client(recipe, engine)
+    state, clock = Clock.taken_from(state)
     broadcast = state.broadcast
     number = broadcast.round
-    drawn = drawn_for(recipe, engine.clients, number)
-    if drawn:
-        _check_rule(recipe, number, len(drawn), len(drawn))
-    watcher.round_started(number, recipe.rounds, drawn)
-    uploads = in_order(engine.train(broadcast, drawn) if drawn else (), drawn)
-    collected = collect(recipe, broadcast, uploads, len(drawn), len(engine.clients), watcher)
+    heard = _heard(recipe, engine, broadcast, clock, simulated, watcher)
+    drawn = heard.clients
+    collected = collect(recipe, broadcast, heard.results, len(drawn), len(engine.clients), watcher)
     _check_quorum(recipe, number, collected, len(drawn))
     reduced = _reduce(recipe, broadcast, collected, len(drawn))
     since = time.perf_counter()
@@ -129,6 +131,8 @@ def play_round(
     down = broadcast_bytes(broadcast, shared_head) * len(drawn) + collected.bytes_down
     record = round_record(broadcast, drawn, collected.uploads, collected.dropped, down, collected.bytes_up)
     add_kept(record, collected.kept)
+    if heard.late:
+        record["clients"]["late"] = {client: heard.late[client] for client in collected.uploads}
     if measured(recipe.diagnostics, number):
         since = time.perf_counter()
         # A server optimizer goes elsewhere on purpose: there is no error in that.
@@ -143,12 +147,36 @@ def play_round(
         scores = engine.evaluate(state.broadcast, recipe.evaluation.split, recipe.evaluation.limit)
         record["evaluation"] = scores.record()
         collected.spend("evaluate", since)
+    if simulated:
+        record["clock"] = heard.clock.now
+        state = heard.clock.put_in(state)
     record["seconds"] = {**collected.seconds, "round": time.perf_counter() - began}
     return state, record
 
 
+def _heard(
+    recipe: Recipe,
+    engine: Engine,
+    broadcast: Broadcast,
+    clock: Clock,
+    seconds: Mapping[str, float],
+    watcher: Watcher,
+) -> Heard:
+    """The round's uploads: of the clients that are drawn for it, or of those that come first (`federation.buffer`)."""
+    started = partial(watcher.round_started, broadcast.round, recipe.rounds)
+    if recipe.federation.buffer is not None:
+        return fill_buffer(recipe, engine, broadcast, clock, seconds, started)
+    drawn = drawn_for(recipe, engine.clients, broadcast.round)
+    if drawn:
+        _check_rule(recipe, broadcast.round, len(drawn), len(drawn))
+    started(drawn)
+    uploads = in_order(engine.train(broadcast, drawn) if drawn else (), drawn)
+    slowest = max((seconds.get(client, 0.0) for client in drawn), default=0.0)
+    return Heard(drawn, uploads, replace(clock, now=clock.now + slowest))
+
+
 def _check_quorum(recipe: Recipe, round: int, collected: Collected, drawn: int) -> None:
-    needed = max(min(1, drawn), math.ceil(recipe.federation.quorum * drawn - 1e-9))
+    needed = least_uploads(recipe.federation.quorum, drawn)
     if len(collected.uploads) < needed:
         raise RunError(
             f"round {round}: {len(collected.uploads)} of {drawn} uploads were usable, the quorum is {needed} "
@@ -229,24 +257,6 @@ def _second_phase(
         )
     collected.bytes_down += question.bytes(frozenset({"b"})) * len(clients)
     return answers.result().mean
-
-
-def in_order(results: Iterable[Upload | Failure], expected: Sequence[str]) -> Iterator[Upload | Failure]:
-    """The results in the order of `expected`, whatever order they came in: sums then have one order of terms.
-
-    A second result of a client, or one of a client that was not asked, is passed over. A client that never answered
-    becomes a failure.
-    """
-    waiting: dict[str, Upload | Failure] = {}
-    place = 0
-    for result in results:
-        if result.client in expected and result.client not in waiting and result.client not in expected[:place]:
-            waiting[result.client] = result
-        while place < len(expected) and expected[place] in waiting:
-            yield waiting.pop(expected[place])
-            place += 1
-    for client in expected[place:]:
-        yield waiting.get(client) or Failure(client, "gave no answer")
 
 
 def collect(

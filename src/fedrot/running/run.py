@@ -1,6 +1,6 @@
 """A whole run: from a recipe to a run folder with an adapter in it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,21 +8,51 @@ from typing import Any
 from fedrot.core.errors import RunError
 from fedrot.core.methods.base import ServerState
 from fedrot.core.products import joined
+from fedrot.learning.models import ResidentModel
 from fedrot.running import accounting
 from fedrot.running.accounting import Accountant
 from fedrot.running.checkpoint import Checkpoint, load_latest, load_round, save_checkpoint, saved_rounds
 from fedrot.running.choices import described
+from fedrot.running.engine import Engine
 from fedrot.running.folder import RunFolder
-from fedrot.running.prepare import Prepared, first_adapter, prepare, versions
+from fedrot.running.prepare import first_adapter, prepare, versions
 from fedrot.running.recipe import Recipe
 from fedrot.running.records import best_round
 from fedrot.running.rounds import Watcher, play
-from fedrot.running.simulation import Simulation, personal
+from fedrot.running.simulation import Simulation
 from fedrot.running.tracking import Trackers
 
 
-def run(recipe: Recipe, out: Path, watcher: Watcher, resume: bool = False) -> RunFolder:
-    """Run `recipe` in the folder `out`, or go on with the run that is there.
+@dataclass(frozen=True)
+class Stage:
+    """What the rounds of a run are played on."""
+
+    recipe: Recipe  # with nothing left open
+    engine: Engine
+    model: ResidentModel
+    identity: Mapping[str, Any]  # what must be the same for the run to be resumed
+    files: Mapping[str, Any]  # name in the run folder -> what it says of those who take part
+
+
+def embedded(recipe: Recipe, folder: RunFolder) -> Stage:
+    """Every client in this process."""
+    ready = prepare(recipe)
+    partition = ready.partition
+    counts = {split: partition.counts(split) for split in ready.encoded}
+    indices = {s: {c: i.tolist() for c, i in partition.indices[s].items()} for s in ready.encoded}
+    cut = {split: data.cut for split, data in ready.encoded.items()}
+    found = {"labels": partition.strata.names, "label_counts": counts, "indices": indices, "cut": cut}
+    return Stage(ready.recipe, Simulation(ready), ready.model, ready.identity(), {"partition.json": found})
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    watcher: Watcher,
+    resume: bool = False,
+    open_stage: Callable[[Recipe, RunFolder], Stage] = embedded,
+) -> RunFolder:
+    """Run `recipe` in the folder `out`, or go on with the run that is there; `open_stage` says where clients are.
 
     Raises `FedrotError` with one line for whatever the user can mend; rounds that were finished stay on disk.
     """
@@ -33,18 +63,17 @@ def run(recipe: Recipe, out: Path, watcher: Watcher, resume: bool = False) -> Ru
         folder.refuse_existing()  # before anything slow is done
     try:
         accountant = Accountant(recipe) if recipe.privacy.mode != "none" else None  # refuses before anything slow
-        prepared = prepare(recipe)
-        recipe = prepared.recipe
-        engine = Simulation(prepared)
+        stage = open_stage(recipe, folder)
+        recipe, engine = stage.recipe, stage.engine
         spent = accountant.by_round(engine.clients) if accountant else []
-        checkpoint = _begin(folder, prepared) if resume else None
+        checkpoint = _begin(folder, stage) if resume else None
         # The inputs are all read, and trackers reached, before anything is written.
-        fresh = checkpoint or Checkpoint(recipe.method.start(first_adapter(recipe, prepared.model)))
+        fresh = checkpoint or Checkpoint(recipe.method.start(first_adapter(recipe, stage.model)))
         trackers = Trackers(recipe, out)
         if not resume:
             folder.create(recipe)
         if checkpoint is None:
-            _describe(folder, prepared)
+            _describe(folder, stage)
         checkpoint = fresh
         engine.restore(checkpoint.clients)
         folder.forget_metrics_from(checkpoint.rounds)
@@ -53,6 +82,7 @@ def run(recipe: Recipe, out: Path, watcher: Watcher, resume: bool = False) -> Ru
         if spent:
             watcher.prepared(accounting.described(recipe, spent))
         try:
+            engine.begin(folder.metrics())
             last = play(recipe, engine, checkpoint.server, keeper, watcher)
         finally:
             keeper.trackers.close()
@@ -64,7 +94,7 @@ def run(recipe: Recipe, out: Path, watcher: Watcher, resume: bool = False) -> Ru
     return folder
 
 
-def _best(folder: RunFolder, engine: Simulation, last: ServerState) -> ServerState:
+def _best(folder: RunFolder, engine: Engine, last: ServerState) -> ServerState:
     """The state after the round that scored best, with what clients kept then; the last where no score is a number."""
     best = best_round(folder.metrics())
     if best is None or best + 1 == last.broadcast.round:
@@ -97,27 +127,22 @@ def _scores(records: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     return ({"round": r["round"], "evaluation": r["evaluation"]} for r in records if "evaluation" in r)
 
 
-def _describe(folder: RunFolder, prepared: Prepared) -> None:
-    """Write what the run works on, before its first round."""
-    folder.write_json("versions.json", versions() | {"identity": prepared.identity()})
-    partition = prepared.partition
-    counts = {split: partition.counts(split) for split in prepared.encoded}
-    indices = {s: {c: i.tolist() for c, i in partition.indices[s].items()} for s in prepared.encoded}
-    cut = {split: data.cut for split, data in prepared.encoded.items()}
-    found = {"labels": partition.strata.names, "label_counts": counts, "indices": indices, "cut": cut}
-    folder.write_json("partition.json", found)
+def _describe(folder: RunFolder, stage: Stage) -> None:
+    """Write what the run works on, before its first round; versions.json last, which says that all is there."""
+    for name, value in stage.files.items():
+        folder.write_json(name, value)
+    folder.write_json("versions.json", versions() | {"identity": stage.identity})
 
 
-def _begin(folder: RunFolder, prepared: Prepared) -> Checkpoint | None:
+def _begin(folder: RunFolder, stage: Stage) -> Checkpoint | None:
     """The checkpoint to go on from, after making sure that model and data are those of the run."""
     described = folder.read_json("versions.json")
     if described is None:
         if saved_rounds(folder.checkpoints):
             raise RunError(f"{folder.path}: has checkpoints and no versions.json, which says what they belong to")
         return None
-    identity = prepared.identity()
-    for what in ("model", "data"):
-        if described.get("identity", {}).get(what) != identity[what]:
+    for what, found in stage.identity.items():
+        if described.get("identity", {}).get(what) != found:
             raise RunError(
                 f"{folder.path}: the {what} is not what the run was started with (its hash differs); bring the old one "
                 "back, or start another run by --out"
@@ -125,7 +150,7 @@ def _begin(folder: RunFolder, prepared: Prepared) -> Checkpoint | None:
     return load_latest(folder.checkpoints)
 
 
-def _finish(folder: RunFolder, recipe: Recipe, engine: Simulation, state: ServerState, watcher: Watcher) -> None:
+def _finish(folder: RunFolder, recipe: Recipe, engine: Engine, state: ServerState, watcher: Watcher) -> None:
     """Write the adapter, or one for each client with a head of its own, and the last scores."""
     chosen = state.broadcast.round - 1
     result: dict[str, Any] = {"rounds": recipe.rounds, "method": recipe.method.name, "round": chosen}
@@ -145,8 +170,8 @@ def _finish(folder: RunFolder, recipe: Recipe, engine: Simulation, state: Server
     # A change of the base comes back as extra rank, so that the adapter alone is the model.
     extra = () if state.broadcast.base_delta is None else (state.broadcast.base_delta,)
     joined(state.broadcast.adapter, *extra).save(folder.adapter)
-    if personal(recipe):
+    if own := engine.finish(state.broadcast):
         for number, client in enumerate(engine.clients):
-            engine.own_model(state.broadcast, client).save(folder.path / "clients" / f"{number:03d}")
+            own[client].save(folder.path / "clients" / f"{number:03d}")
         folder.write_json("clients/names.json", {f"{n:03d}": name for n, name in enumerate(engine.clients)})
     folder.write_json("result.json", result)

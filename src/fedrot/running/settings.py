@@ -10,6 +10,11 @@ def drawn_count(clients: int, participation: float) -> int:
     return max(1, math.floor(participation * clients + 0.5))
 
 
+def least_uploads(quorum: float, drawn: int) -> int:
+    """How many of the drawn clients' uploads must be usable."""
+    return max(min(1, drawn), math.ceil(quorum * drawn - 1e-9))
+
+
 @dataclass(frozen=True)
 class FederationSettings:
     """Who takes part in a round and how much each counts."""
@@ -27,6 +32,19 @@ class FederationSettings:
     without bias by stochastic rounding, with a scale for each component of the rank. Nothing else is compressed."""
     feedback: bool = True
     """Error feedback where uploads are compressed: a client keeps what rounding lost and adds it to its next change."""
+    buffer: int | None = None
+    """K, in simulation: the server goes on when K clients have uploaded, and the others go on training from what they
+    were sent (FedBuff, docs/methods.md). null: a round waits for all of its clients."""
+    concurrency: int | None = None
+    """With a buffer, how many clients train at once; null: all."""
+    staleness: Literal["none", "sqrt", "linear"] = "sqrt"
+    """With a buffer, what a change counts that is tau rounds late: all of it, 1 / sqrt(1 + tau) or 1 / (1 + tau)."""
+    speeds: dict[str, float] | None = None
+    """Local steps that a client takes in a simulated second, by its name; the others take 1, or what `spread` says.
+    Every round's simulated time is then in metrics.jsonl (clock)."""
+    spread: float | None = None
+    """The same for all clients that `speeds` does not name: log-normal around 1, of this standard deviation of the
+    logarithm, by the recipe's seed and the client's name. null: they all take 1."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,25 @@ class PrivacySettings:
     """true: noise, and who takes part, come from the operating system's generator; the run cannot be repeated. false:
     from the recipe's seed, as everything in a simulation does; whoever has the recipe can take such noise off, so a
     deployment must set it to true."""
+
+
+@dataclass(frozen=True)
+class SecureSettings:
+    """Secure aggregation (docs/privacy.md): the server learns the sum of the clients' changes and none of them. Between
+    sites it needs the extra `flower`; a simulation sums the same numbers in the clear."""
+
+    aggregation: bool = False
+    """Whether it is used. There are then no diagnostics and no losses by client: nobody sees an upload."""
+    threshold: float = 0.6
+    """Share of the clients that began a sum who must be left for it to be opened, above one half: as many must join
+    their shares to take a mask off."""
+    fewest: int = 3
+    """No sum of fewer clients is opened. Of two, each would learn what the other sent."""
+    range: float = 4.0
+    """A number's change is moved into [-range, range]; rounding it loses about range / 10^8."""
+    neighbours: int | None = None
+    """How many others a client shares masks with, an even number; null: all. Fewer make large rounds cheaper, and fewer
+    clients that break the rules together can do harm."""
 
 
 @dataclass(frozen=True)

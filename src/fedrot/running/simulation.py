@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from fedrot.core.adapter import Adapter
 from fedrot.core.methods.base import Broadcast, ClientState, Upload
 from fedrot.learning.evaluation import Evaluation, How, chosen_rows, evaluate
 from fedrot.learning.generation import warn_of_cut
-from fedrot.learning.local import LocalFailure
+from fedrot.learning.local import LocalFailure, step_count
 from fedrot.learning.models import ResidentModel
 from fedrot.learning.tasks.answers import by_answers
 from fedrot.running.client import ClientData, Round, own_model, play_clients
@@ -45,6 +46,13 @@ class Simulation:
     def clients(self) -> Sequence[str]:
         """Every client's name, sorted."""
         return sorted(self._data)
+
+    def begin(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """All clients are there."""
+
+    def steps(self, client: str) -> int:
+        """The local steps that a client takes in a round."""
+        return step_count(len(self._data[client].indices), self._recipe.local)
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Upload | Failure]:
         """One round of local training."""
@@ -106,9 +114,7 @@ class Simulation:
 
     def _adapters(self, broadcast: Broadcast) -> dict[str, Adapter]:
         """What is scored: the global adapter, or each client's own."""
-        if not personal(self._recipe):
-            return {"": broadcast.adapter}
-        return {name: self.own_model(broadcast, name) for name in self.clients}
+        return self.finish(broadcast) or {"": broadcast.adapter}
 
     def _map(
         self, broadcast: Broadcast, work: Callable[[ResidentModel, Item], Result], items: Iterable[Item]
@@ -124,6 +130,10 @@ class Simulation:
     def own_model(self, broadcast: Broadcast, client: str) -> Adapter:
         """The adapter that a client would use itself."""
         return own_model(self._recipe, broadcast, client, self._states.get(client, {}))
+
+    def finish(self, broadcast: Broadcast) -> dict[str, Adapter]:
+        """Each client's own model, where models are personal."""
+        return {name: self.own_model(broadcast, name) for name in self.clients} if personal(self._recipe) else {}
 
     def states(self) -> Mapping[str, ClientState]:
         """What the clients keep between rounds."""

@@ -11,17 +11,20 @@ from fedrot.learning.sources.tables import column, read_table, text_column
 
 
 def read(settings: DataSettings) -> Dataset:
-    """The files `data.train`, `data.validation` and `data.test`; labels are named by the training file."""
+    """The files `data.train`, `data.validation` and `data.test`; labels are those of `data.labels` or else of the
+    training file.
+    """
     if settings.train is None:
         raise DataError("data.train: give the file of training examples (source files)")
     names = {"train": settings.train, "validation": settings.validation, "test": settings.test}
     base = Path(settings.path) if settings.path else Path()
     paths = {split: base / name for split, name in names.items() if name}
     raw = {split: _read_one(path, settings) for split, path in paths.items()}
-    labels = sorted(set(raw["train"][1]), key=_label_order)
-    if not labels:
+    if not raw["train"][1]:
         raise DataError(f"{paths['train']}: holds no examples")
-    splits = {split: _index(rows, found, labels, paths[split]) for split, (rows, found) in raw.items()}
+    labels = settings.labels or sorted(set(raw["train"][1]), key=_label_order)
+    known = "data.labels does not name" if settings.labels else "the training examples do not have"
+    splits = {split: _index(rows, found, labels, paths[split], known) for split, (rows, found) in raw.items()}
     if "validation" not in splits:
         splits["train"], splits["validation"] = hold_out(splits["train"], settings.holdout)
     return Dataset(splits, tuple(labels))
@@ -53,9 +56,9 @@ def _label_order(name: str) -> tuple[int, int, str]:
     return (0, int(name), name) if re.fullmatch(r"-?[0-9]+", name) else (1, 0, name)
 
 
-def _index(rows: Rows, found: list[str], labels: list[str], path: Path) -> Rows:
+def _index(rows: Rows, found: list[str], labels: list[str], path: Path, unknown: str) -> Rows:
     index = {name: i for i, name in enumerate(labels)}
     for row, name in enumerate(found, start=1):
         if name not in index:
-            raise DataError(f"{path}: row {row} has label {name!r}, which the training examples do not have")
+            raise DataError(f"{path}: row {row} has label {name!r}, which {unknown}")
     return Rows(rows.text, [index[name] for name in found], rows.pair, rows.group)

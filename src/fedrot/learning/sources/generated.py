@@ -34,7 +34,7 @@ def _labels(settings: DataSettings) -> tuple[str, ...]:
     """The task's labels; none where text is written."""
     if settings.source == "trec":
         return trec.LABELS
-    return glue.TASKS[settings.name or ""].labels if settings.source == "glue" else ()
+    return glue.labels(settings) if settings.source == "glue" else ()
 
 
 def _rows(settings: DataSettings, split: str, count: int) -> Rows:

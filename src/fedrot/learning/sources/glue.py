@@ -52,6 +52,11 @@ _SPLITS = {
 }
 
 
+def labels(settings: DataSettings) -> tuple[str, ...]:
+    """The task's labels; none where no task is named."""
+    return TASKS[settings.name].labels if settings.name else ()
+
+
 def read(settings: DataSettings) -> Dataset:
     """The task's splits: train, and validation held out of it by `data.holdout`; test, which is GLUE's validation split
     (MNLI: matched, and test_mismatched beside it).

@@ -20,6 +20,17 @@ _SOURCES = {
 }
 
 
+def known_labels(settings: DataSettings) -> tuple[str, ...] | None:
+    """The labels of what `settings` describe, without reading it; () for texts that a language model learns to write,
+    None where only the files say.
+    """
+    if settings.source == "files":
+        named = tuple(settings.labels) if settings.labels else None
+        return () if settings.response or settings.messages else named
+    labels = {"glue": glue.labels(settings), "trec": trec.LABELS, "vader": vader.LABELS}
+    return labels.get(settings.source, ())
+
+
 def read_dataset(settings: DataSettings, seed: int) -> Dataset:
     """Read the examples that `settings` describe.
 

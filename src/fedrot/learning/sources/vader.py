@@ -20,6 +20,8 @@ DOMAINS = {
     "tweets": "tweets_GroundTruth.txt",
 }
 
+LABELS = ("negative", "positive")
+
 
 def read(settings: DataSettings) -> Dataset:
     """75 % train, 10 % validation, 15 % test, divided by the texts' own hash, so that no text is on two sides."""
@@ -35,7 +37,7 @@ def read(settings: DataSettings) -> Dataset:
         split: Rows(text=[r[0] for r in found], label=[r[1] for r in found], group=[r[2] for r in found])
         for split, found in rows.items()
     }
-    return Dataset(splits, ("negative", "positive"))
+    return Dataset(splits, LABELS)
 
 
 def _ratings(path: Path) -> list[tuple[str, float]]:

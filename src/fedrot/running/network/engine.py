@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,10 +17,17 @@ from fedrot.learning.evaluation import Evaluation
 from fedrot.learning.scores import AVERAGED
 from fedrot.learning.tasks import classification, generation
 from fedrot.running.engine import Failure
+from fedrot.running.network.journal import Exchange, Journal, now
 from fedrot.running.network.messages import Message, MessageError, count_of, of_round, shown, value_of
 from fedrot.running.network.tensors import adapter_message, broadcast_message, read_adapter, read_upload
 from fedrot.running.recipe import Recipe
+from fedrot.running.settings import drawn_count, least_uploads
 from fedrot.running.simulation import personal
+
+# How long a site may take to join: it loads its model then.
+_JOINING = 600.0
+# Between two looks for sites that are not there yet.
+_PAUSE = 5.0
 
 
 class Post(Protocol):
@@ -75,22 +83,67 @@ class Network:
     that round is what it goes on from. A site whose process was started again is told the recipe anew.
     """
 
-    def __init__(self, recipe: Recipe, expected: Expected, post: Post) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        expected: Expected,
+        post: Post,
+        clients: Sequence[str] | None = None,
+        run: str = "run",
+        journal: Journal | None = None,
+        wait: float = 0.0,
+    ) -> None:
+        """`clients` are those that may be drawn, whether they are there or not; None: all that have joined. `run` names
+        the run to its sites, which keep what they keep under it. `wait`: the seconds that the first round may wait
+        for sites.
+        """
         self._recipe, self._expected, self._post = recipe, expected, post
+        self._named, self._run, self._journal, self._wait = clients, run, journal, wait
         self._joined: dict[str, dict[str, int]] = {}  # client -> examples by split
         self._accepted: dict[str, int] = {}  # client -> the last round whose upload went into the sum
         self._round = 0
         self.refused: dict[str, str] = {}  # why a site does not take part
 
+    def begin(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Take up a run after these rounds: wait for its sites, as long as was said.
+
+        Raises `RunError` where there are too few of them then, or none has examples that the recipe scores.
+        """
+        self.remember(records)
+        end, said = time.monotonic() + self._wait, None
+        while True:
+            self.join()
+            missing = [client for client in self.clients if client not in self._joined]
+            if not missing or time.monotonic() >= end:
+                break
+            if said != missing:
+                logging.getLogger("fedrot").info("waiting for %s", "; ".join(map(self._why_not, missing)))
+            said = missing
+            time.sleep(min(_PAUSE, max(0.0, end - time.monotonic())))
+        federation = self._recipe.federation
+        needed = least_uploads(federation.quorum, drawn_count(len(self.clients), federation.participation))
+        if len(self._joined) < needed:
+            raise RunError(
+                f"{len(self._joined)} of {len(self.clients)} sites are there, a round needs {needed} "
+                f"(federation.quorum); {'; '.join(map(self._why_not, missing))}"
+            )
+        for key, split in (("split", self._recipe.evaluation.split), ("final", self._recipe.evaluation.final)):
+            if split is not None and not any(found.get(split) for found in self._joined.values()):
+                raise RunError(f"evaluation.{key}: no site has examples of {split!r}; choose another split")
+
+    def _why_not(self, client: str) -> str:
+        return f"{client} ({self.refused.get(client, 'is not connected')})"
+
     def join(self) -> None:
         """Let the sites that can be asked take part, if they have what the run needs; the others are in `refused`."""
-        self._introduce([client for client in self._post.clients() if client not in self._joined])
+        there = [client for client in self._post.clients() if self._named is None or client in self._named]
+        self._introduce([client for client in there if client not in self._joined], _JOINING)
 
-    def _introduce(self, clients: Iterable[str]) -> None:
+    def _introduce(self, clients: Iterable[str], seconds: float | None) -> None:
         values = self._recipe.to_dict()
         values["data"] |= {"path": None}  # where data lies is each site's own
-        request = Message.of(kind="join", fedrot=__version__, recipe=values)
-        for client, reply in self._ask(dict.fromkeys(clients, request)):
+        request = Message.of(kind="join", fedrot=__version__, run=self._run, recipe=values)
+        for client, reply in self._ask(dict.fromkeys(clients, request), seconds):
             try:
                 self._joined[client] = self._expected.examples(_given(reply))
                 self.refused.pop(client, None)
@@ -99,8 +152,13 @@ class Network:
 
     @property
     def clients(self) -> Sequence[str]:
-        """Every site that has joined, sorted: who is drawn depends on their names, so none leaves while a run lasts."""
-        return sorted(self._joined)
+        """Who may be drawn, sorted: it depends on their names, so none leaves while a run lasts."""
+        return sorted(self._joined if self._named is None else self._named)
+
+    @property
+    def joined(self) -> Mapping[str, Mapping[str, int]]:
+        """How many examples of each split the sites have that take part now."""
+        return self._joined
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Upload | Failure]:
         """One round of local training at these sites."""
@@ -175,6 +233,20 @@ class Network:
         kind = "personal" if personal(self._recipe) else "global"
         return Evaluation(split, total, metric, means, kind, found)
 
+    def answers(self, broadcast: Broadcast, split: str) -> Evaluation:
+        """Sites are not asked what their models write: `network.opening` refuses recipes that want it."""
+        raise RunError("evaluation.answers: sites are not asked for what their models write; set it to none")
+
+    def finish(self, broadcast: Broadcast) -> dict[str, Adapter]:
+        """Send the result to every site, which keeps it, or its own model where models are personal."""
+        request = broadcast_message(broadcast, self._recipe, "finish")
+        for client, reply in self._replies(self._told(request, self.clients)):
+            try:
+                _given(reply)
+            except MessageError as problem:
+                logging.getLogger("fedrot").warning("%s did not get the result: %s", client, problem)
+        return {}
+
     def states(self) -> Mapping[str, ClientState]:
         """Nothing: clients keep what they keep."""
         return {}
@@ -190,25 +262,54 @@ class Network:
         }
 
     def _replies(self, requests: Mapping[str, Message]) -> Iterator[tuple[str, Message | str]]:
-        """Each client's reply as it comes. Sites that were started again join, and are then asked once more."""
+        """Each client's reply as it comes. Sites that have not joined do so first; those that were started again since
+        are asked once more when they have.
+        """
+        seconds = self._recipe.federation.deadline
+        self._introduce([client for client in requests if client not in self._joined], seconds)
+        yield from ((client, self.refused[client]) for client in requests if client not in self._joined)
         fresh = []
-        for client, reply in self._ask(requests):
+        for client, reply in self._ask({c: request for c, request in requests.items() if c in self._joined}, seconds):
             if isinstance(reply, Message) and reply.header.get("join") is True:
                 fresh.append(client)
             else:
                 yield client, reply
-        self._introduce(fresh)
+        self._introduce(fresh, seconds)
         yield from ((client, self.refused[client]) for client in fresh if client in self.refused)
-        yield from self._ask({client: requests[client] for client in fresh if client not in self.refused})
+        yield from self._ask({client: requests[client] for client in fresh if client not in self.refused}, seconds)
 
-    def _ask(self, requests: Mapping[str, Message]) -> Iterator[tuple[str, Message | str]]:
+    def _ask(self, requests: Mapping[str, Message], seconds: float | None) -> Iterator[tuple[str, Message | str]]:
         """One reply of each client, as they come: what comes twice, or was not asked for, is passed over."""
-        waiting = set(requests)
-        for client, reply in self._post.ask(requests, self._recipe.federation.deadline) if requests else ():
+        waiting, began = set(requests), now()
+        for client, reply in self._post.ask(requests, seconds) if requests else ():
             if client in waiting:
                 waiting.remove(client)
+                self._note(client, requests[client], reply, began)
                 yield client, reply
-        yield from ((client, "gave no answer") for client in sorted(waiting))
+        for client in sorted(waiting):
+            self._note(client, requests[client], "gave no answer", began)
+            yield client, "gave no answer"
+
+    def _note(self, client: str, request: Message, reply: Message | str, began: float) -> None:
+        """What went to a site and came back, for the journal."""
+        if self._journal is None:
+            return
+        ended, answer = now(), reply if isinstance(reply, Message) else Message.refusal(reply)
+        said = answer.refused
+        self._journal.add(
+            Exchange(
+                time=ended,
+                client=client,
+                kind=str(request.header["kind"]),
+                round=request.header.get("round"),
+                sent=len(request.payload),
+                received=len(answer.payload),
+                headers=len(request.header_bytes()) + (len(answer.header_bytes()) if reply is answer else 0),
+                seconds=ended - began,
+                refused=said,
+                answered=reply is answer,
+            )
+        )
 
 
 def _given(reply: Message | str) -> Message:

@@ -5,6 +5,7 @@ a site trains and keeps is what the embedded engine would for this one client.
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from fedrot import __version__
 from fedrot.core.errors import FedrotError, RecipeError, RunError
 from fedrot.core.methods.base import ALL_PARTS, ClientState
 from fedrot.core.packed import Layout
+from fedrot.core.products import joined
 from fedrot.running.client import Round, keeps_state
 from fedrot.running.network.memory import Memory
 from fedrot.running.network.messages import Message, MessageError, count_of, shown, value_of
@@ -40,12 +42,12 @@ class Here:
 
 
 class Site:
-    """Answers a server's requests for one client. `folder` is where what the client keeps survives a restart; it is of
-    one run.
+    """Answers a server's requests for one client. `folder` is where what the client keeps survives a restart, in a
+    folder for each run, and where a run's result is left.
     """
 
     def __init__(self, here: Here, folder: Path) -> None:
-        self._here, self._memory = here, Memory(folder)
+        self._here, self._folder = here, folder
         self._seat: _Seat | None = None
 
     def handle(self, request: Message) -> Message:
@@ -78,8 +80,13 @@ class Site:
                 f"{self._here.name} has fedrot {__version__}, the server {shown(version)}; install the same one"
             )
         recipe = self._recipe(value_of(request.header, "recipe", dict))
-        if self._seat is None or self._seat.asked != recipe:
-            self._seat = _Seat(recipe, prepare_site(recipe, self._here.name), self._memory)
+        run = value_of(request.header, "run", str)
+        if not re.fullmatch(r"[A-Za-z0-9]{1,64}", run):
+            raise MessageError(f"the run's name must be of letters and digits, got {shown(run)}")
+        if self._seat is None or self._seat.asked != (run, recipe):
+            ready = prepare_site(recipe, self._here.name)
+            self._seat = _Seat((run, recipe), ready, self._folder / run)
+            logging.getLogger("fedrot").info("%s: joined the run %s (%s)", self._here.name, run, recipe.name)
         return self._seat.introduction()
 
     def _recipe(self, values: dict[str, Any]) -> Recipe:
@@ -105,8 +112,9 @@ class Site:
 class _Seat:
     """A site that has joined a run."""
 
-    def __init__(self, asked: Recipe, ready: Prepared, memory: Memory) -> None:
-        self.asked, self._ready, self._memory = asked, ready, memory
+    def __init__(self, asked: tuple[str, Recipe], ready: Prepared, folder: Path) -> None:
+        self.asked, self._ready, self._folder = asked, ready, folder
+        self._memory = Memory(folder)
         self._engine = Simulation(ready)
         (self._name,) = self._engine.clients
         self._form = ready.model.read()
@@ -157,6 +165,18 @@ class _Seat:
         found = self._engine.evaluate(broadcast, split, limit)
         return Message.of(round=broadcast.round, metric=found.metric, scores=dict(found.scores))
 
+    def finish(self, request: Message) -> Message:
+        """Keep the run's result as a PEFT adapter: the global one, or the client's own where models are personal."""
+        broadcast = read_broadcast(request, self._form, self._ready.recipe)
+        self._take_up(request)
+        own = self._engine.finish(broadcast).get(self._name, broadcast.adapter)
+        # A change of the base comes back as extra rank, as in the server's adapter.
+        extra = () if broadcast.base_delta is None else (broadcast.base_delta,)
+        path = self._folder / "adapter"
+        joined(own, *extra).save(path)
+        logging.getLogger("fedrot").info("%s: the run is over, its adapter is %s", self._name, path)
+        return Message.of(round=broadcast.round)
+
     def _take_up(self, request: Message) -> tuple[int | None, ClientState]:
         """Go on from the last round whose upload the server took in: its number, and what the client kept of it.
 
@@ -170,4 +190,4 @@ class _Seat:
         return accepted, state
 
 
-_ANSWERS = {"train": _Seat.train, "answer": _Seat.answer, "evaluate": _Seat.evaluate}
+_ANSWERS = {"train": _Seat.train, "answer": _Seat.answer, "evaluate": _Seat.evaluate, "finish": _Seat.finish}
