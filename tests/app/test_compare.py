@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from scipy import stats
 
 from fedrot.app.cli.main import main
 from fedrot.app.compare.plan import plan, read_seeds, read_variants
-from fedrot.app.compare.table import Outcome, half_width, rows, to_csv, to_markdown
+from fedrot.app.compare.table import Outcome, cells, half_width, rows, to_csv, to_markdown
 from fedrot.core.errors import RecipeError, RunError
 
 
@@ -92,6 +93,15 @@ def test_a_seed_that_the_baseline_lacks_is_no_pair() -> None:
 def test_rounds_to_target_is_the_mean_of_those_that_got_there() -> None:
     (row,) = rows([made("fedit", 0, 0.5, rounds=2), made("fedit", 1, 0.5, rounds=None)], "fedit")
     assert (row.rounds_to_target, row.reached, row.seeds) == (2, 1, 2)
+
+
+def test_simulated_time_to_target_has_a_column_where_clients_have_speeds() -> None:
+    slow, fast = (replace(made("fedit", seed, 0.5), clock_to_target=clock) for seed, clock in enumerate((30.0, 10.0)))
+    (row,) = rows([slow, fast, made("fedit", 2, 0.5, rounds=None)], "fedit")
+    assert row.clock_to_target == 20
+    head, line = cells([row], "fedit", "test")
+    assert dict(zip(head, line, strict=True))["simulated seconds to target"] == "20.0 (2 of 3)"
+    assert "simulated seconds to target" not in cells(rows([made("fedit", 0, 0.5)], "fedit"), "fedit", "test")[0]
 
 
 def test_the_interval_of_one_value_is_not_known() -> None:

@@ -58,7 +58,8 @@ class LocalGrid(Grid):
             if name in self.broken:
                 self._replies[numbers[-1]] = Message(Error(code=2, reason="it broke"), reply_to=message)
                 continue
-            context = Context(1, message.metadata.dst_node_id, {}, RecordDict(), {})
+            node = message.metadata.dst_node_id
+            context = Context(1, node, {"partition-id": node - 100}, RecordDict(), {})
             self._replies[numbers[-1]] = self.apps[name](message, context)
         return numbers
 

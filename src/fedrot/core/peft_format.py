@@ -74,29 +74,34 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: not valid JSON ({problem})") from None
     if not isinstance(config, dict):
         raise AdapterError(f"{path}: holds a {type(config).__name__}, not an object of settings")
+    check_config(config, str(path))
+    return config
+
+
+def check_config(config: Mapping[str, Any], who: str) -> None:
+    """Raise `AdapterError`, naming `who` and the key, unless PEFT's settings are those of plain LoRA."""
     if config.get("peft_type", "LORA") != "LORA":
-        raise AdapterError(f"{path}: peft_type is {config['peft_type']!r}; only LORA adapters can be used")
+        raise AdapterError(f"{who}: peft_type is {config['peft_type']!r}; only LORA adapters can be used")
     for key, harmless in _NOT_PLAIN.items():
         if key in config and config[key] not in harmless:
-            raise AdapterError(f"{path}: {key} is {config[key]!r}; only plain LoRA adapters can be used")
+            raise AdapterError(f"{who}: {key} is {config[key]!r}; only plain LoRA adapters can be used")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-        raise AdapterError(f"{path}: init_lora_weights {start!r} changes the base weights; only plain LoRA can be used")
+        raise AdapterError(f"{who}: init_lora_weights {start!r} changes the base weights; only plain LoRA can be used")
     for key, pattern, kind in (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", (int, float))):
         if not _positive(config.get(key, 8), kind):
-            raise AdapterError(f"{path}: {key} must be a positive number, got {config[key]!r}")
+            raise AdapterError(f"{who}: {key} must be a positive number, got {config[key]!r}")
         found = config.get(pattern) or {}
         if not isinstance(found, dict):
-            raise AdapterError(f"{path}: {pattern} must be an object, got {found!r}")
+            raise AdapterError(f"{who}: {pattern} must be an object, got {found!r}")
         for layer, value in found.items():
             if not (_expression(layer) and _positive(value, kind)):
                 raise AdapterError(
-                    f"{path}: {pattern} must map layer patterns to positive numbers, got {layer!r}: {value!r}"
+                    f"{who}: {pattern} must map layer patterns to positive numbers, got {layer!r}: {value!r}"
                 )
     saved = config.get("modules_to_save") or []
     if not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
-        raise AdapterError(f"{path}: modules_to_save must be a list of names, got {saved!r}")
-    return config
+        raise AdapterError(f"{who}: modules_to_save must be a list of names, got {saved!r}")
 
 
 def _positive(value: Any, kind: Any) -> bool:
@@ -140,15 +145,9 @@ def _pair(name: str, factors: Mapping[str, Tensor], config: Mapping[str, Any], p
     for side, other in (("A", "B"), ("B", "A")):
         if side not in factors:
             raise AdapterError(f"{path}: {_PREFIX}{name}.lora_{side}.weight is missing, its lora_{other} is there")
-    rank = _by_pattern(config.get("rank_pattern"), name, config.get("r", 8))
-    alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+    rank, scale = rank_and_scale(config, name)
     try:
-        pair = LoraPair(
-            a=factors["A"],
-            b=factors["B"],
-            scale=float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank),
-            fan_in_fan_out=bool(config.get("fan_in_fan_out", False)),
-        )
+        pair = LoraPair(factors["A"], factors["B"], scale, bool(config.get("fan_in_fan_out", False)))
     except AdapterError as problem:
         raise AdapterError(f"{path}: {_PREFIX}{name}: {problem}") from None
     if pair.rank != rank:
@@ -156,6 +155,13 @@ def _pair(name: str, factors: Mapping[str, Tensor], config: Mapping[str, Any], p
             f"{path}: {_PREFIX}{name}.lora_A.weight has rank {pair.rank}, {CONFIG_FILE} gives it rank {rank}"
         )
     return pair
+
+
+def rank_and_scale(config: Mapping[str, Any], layer: str) -> tuple[int, float]:
+    """A layer's r, and alpha / r or alpha / sqrt(r), by settings that `check_config` passed."""
+    rank = _by_pattern(config.get("rank_pattern"), layer, config.get("r", 8))
+    alpha = _by_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha", 8))
+    return rank, float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:

@@ -32,6 +32,7 @@ class Stage:
     model: ResidentModel
     identity: Mapping[str, Any]  # what must be the same for the run to be resumed
     files: Mapping[str, Any]  # name in the run folder -> what it says of those who take part
+    how: str  # how the arithmetic is done, in a line for the log
 
 
 def embedded(recipe: Recipe, folder: RunFolder) -> Stage:
@@ -42,7 +43,14 @@ def embedded(recipe: Recipe, folder: RunFolder) -> Stage:
     indices = {s: {c: i.tolist() for c, i in partition.indices[s].items()} for s in ready.encoded}
     cut = {split: data.cut for split, data in ready.encoded.items()}
     found = {"labels": partition.strata.names, "label_counts": counts, "indices": indices, "cut": cut}
-    return Stage(ready.recipe, Simulation(ready), ready.model, ready.identity(), {"partition.json": found})
+    return Stage(
+        ready.recipe,
+        Simulation(ready),
+        ready.model,
+        ready.identity(),
+        {"partition.json": found},
+        described(ready.recipe),
+    )
 
 
 def run(
@@ -65,7 +73,7 @@ def run(
         accountant = Accountant(recipe) if recipe.privacy.mode != "none" else None  # refuses before anything slow
         stage = open_stage(recipe, folder)
         recipe, engine = stage.recipe, stage.engine
-        spent = accountant.by_round(engine.clients) if accountant else []
+        spent = accountant.by_round(engine.clients, engine.held) if accountant else []
         checkpoint = _begin(folder, stage) if resume else None
         # The inputs are all read, and trackers reached, before anything is written.
         fresh = checkpoint or Checkpoint(recipe.method.start(first_adapter(recipe, stage.model)))
@@ -78,7 +86,7 @@ def run(
         engine.restore(checkpoint.clients)
         folder.forget_metrics_from(checkpoint.rounds)
         keeper = _Keeper(folder, recipe, trackers, list(_scores(folder.metrics())))
-        watcher.prepared(described(recipe))
+        watcher.prepared(stage.how)
         if spent:
             watcher.prepared(accounting.described(recipe, spent))
         try:

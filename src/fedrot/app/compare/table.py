@@ -31,6 +31,7 @@ class Outcome:
     megabytes_up: float
     megabytes_down: float
     seconds: float
+    clock_to_target: float | None = None  # simulated seconds, where clients have speeds
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Row:
     megabytes_up: float
     megabytes_down: float
     seconds: float
+    clock_to_target: float | None = None  # mean over the runs that reached it
 
 
 def curve(folder: RunFolder) -> list[tuple[int, float]]:
@@ -77,6 +79,7 @@ def outcome(one: Planned, target: float) -> Outcome:
     def reaches(score: float) -> bool:
         return score <= target if falls else score >= target
 
+    reached = next((rounds for rounds, score in curve(folder) if reaches(score)), None)
     return Outcome(
         method=one.variant.method,
         setting=one.variant.setting,
@@ -86,12 +89,13 @@ def outcome(one: Planned, target: float) -> Outcome:
         score=main_score(scores),
         worst=scores["worst"],
         spread=scores["spread"],
-        rounds_to_target=next((rounds for rounds, score in curve(folder) if reaches(score)), None),
+        rounds_to_target=reached,
         error=_late(metrics, "sent_relative"),
         floor=_late(metrics, "floor_relative"),
         megabytes_up=sum(r["bytes"]["up"] for r in metrics) / 1e6,
         megabytes_down=sum(r["bytes"]["down"] for r in metrics) / 1e6,
         seconds=sum(r["seconds"]["round"] for r in metrics),
+        clock_to_target=None if reached is None else metrics[reached - 1].get("clock"),
     )
 
 
@@ -130,6 +134,7 @@ def _row(mine: Sequence[Outcome], base: Mapping[tuple[str, int], float]) -> Row:
         megabytes_up=mean(o.megabytes_up for o in mine),
         megabytes_down=mean(o.megabytes_down for o in mine),
         seconds=mean(o.seconds for o in mine),
+        clock_to_target=_mean([o.clock_to_target for o in mine]),
     )
 
 
@@ -161,7 +166,8 @@ def cells(table: Sequence[Row], baseline: str, split: str) -> list[list[str]]:
     """The table in words, header first."""
     name = table[0].metric.replace("_", " ")
     head = ["method", f"{split} {name}", f"against {baseline}", "rounds to target", "worst client", "spread", "error"]
-    lines = [[*head, "floor", "MB up", "MB down", "seconds"]]
+    timed = any(row.clock_to_target is not None for row in table)
+    lines = [[*head, "floor", "MB up", "MB down", "seconds", *["simulated seconds to target"] * timed]]
     for row in table:
         sd = "" if row.score_sd is None else f" ± {row.score_sd:.4f}"
         difference = "" if row.difference is None else f"{row.difference:+.4f}"
@@ -183,6 +189,7 @@ def cells(table: Sequence[Row], baseline: str, split: str) -> list[list[str]]:
                 f"{row.megabytes_up:.2f}",
                 f"{row.megabytes_down:.2f}",
                 f"{row.seconds:.0f}",
+                *["" if row.clock_to_target is None else f"{row.clock_to_target:.1f}{some}"] * timed,
             ]
         )
     return lines

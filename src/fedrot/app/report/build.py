@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedrot.app.live.words import moment, size
 from fedrot.app.report.load import RunData, load_runs
 from fedrot.app.report.promise import epsilon, promise
+from fedrot.app.report.sites import section
 from fedrot.app.report.verdict import verdict
 from fedrot.core.files import write_atomic
 from fedrot.running.recipe_file import to_yaml
@@ -24,6 +26,7 @@ def build_report(paths: Sequence[Path], out: Path) -> Path:
 def _draw(runs: Sequence[RunData], folder: Path) -> list[dict[str, Any]]:
     """Every figure that the runs have numbers for, as a file and as text to put in the page."""
     from fedrot.app.report import figures
+    from fedrot.app.report.timeline import timeline
 
     measured = any("aggregation" in record for run in runs for record in run.metrics)
     scored = any("evaluation" in record for run in runs for record in run.metrics)
@@ -57,6 +60,14 @@ def _draw(runs: Sequence[RunData], folder: Path) -> list[dict[str, Any]]:
     if any(epsilon(run) is not None for run in runs):
         plan.append(("privacy", "What the rounds cost in privacy.", lambda: figures.privacy(runs)))
     plan.append(("cost", "What the rounds cost.", lambda: figures.cost(runs)))
+    between = [run for run in runs if run.exchanges]
+    for number, run in enumerate(between):
+        which = f" in {run.label}" if len(between) > 1 else ""
+        caption = (
+            f"When each client{which} was asked and answered: a bar lasts from asking to the reply, a cross marks what "
+            "gave nothing that could be used."
+        )
+        plan.append((f"timeline-{number}" if number else "timeline", caption, lambda run=run: timeline(run)))
     small = {"clients": True, "privacy": True, "labels": True, "aggregation": len(runs) == 1}
     return draw(plan, folder, narrow=[name for name, is_small in small.items() if is_small])
 
@@ -93,7 +104,7 @@ def page(template: str, **content: Any) -> str:
     environment = Environment(
         loader=PackageLoader("fedrot.app.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters["score"] = _score
+    environment.filters |= {"score": _score, "size": size, "moment": moment}
     return environment.get_template(template).render(**content)
 
 
@@ -138,6 +149,7 @@ def _summary(run: RunData) -> dict[str, Any]:
         "megabytes_up": sum(record["bytes"]["up"] for record in run.metrics) / 1e6,
         "seconds": sum(record["seconds"]["round"] for record in run.metrics),
         "dropped": dropped,
+        "sites": section(run),
         "rule": run.recipe.robust.rule,
         "limited": _limited(run),
         "recipe": to_yaml(run.recipe),

@@ -168,7 +168,7 @@ def clients(runs: Sequence[RunData]) -> Figure:
     for number, ((run, colour), scores) in enumerate(zip(_colours(runs), last, strict=True)):
         places = [i + (number - (len(runs) - 1) / 2) * step for i in range(len(names))]
         ax.barh(places, [scores["by_client"].get(n, 0.0) for n in names], height=step, color=colour, label=run.label)
-    ax.set_yticks(range(len(names)), names)
+    ax.set_yticks(range(len(names)), names, parse_math=False)  # a name is a client's own
     ax.invert_yaxis()
     ax.grid(False)
     ax.grid(True, axis="x", alpha=0.25)

@@ -1,12 +1,14 @@
 """What a report is made of: the files of run folders, read once."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedrot.app.live.summary import expected_sites
 from fedrot.core.errors import RunError
 from fedrot.running.folder import RunFolder
+from fedrot.running.network.journal import Exchange, read_exchanges
 from fedrot.running.recipe import Recipe
 
 
@@ -21,6 +23,8 @@ class RunData:
     partition: dict[str, Any]
     result: dict[str, Any]  # empty where the run has not finished
     versions: dict[str, Any]
+    exchanges: list[Exchange] = field(default_factory=list)  # none in a simulation
+    sites: list[str] = field(default_factory=list)  # the clients that were expected
 
     def series(self, pick: Callable[[dict[str, Any]], Any]) -> tuple[list[int], list[float]]:
         """(rounds, values) for the rounds in which `pick` finds a value."""
@@ -53,6 +57,8 @@ def load_runs(paths: Sequence[Path]) -> list[RunData]:
                 partition=folder.read_json("partition.json") or {},
                 result=folder.read_json("result.json") or {},
                 versions=folder.read_json("versions.json") or {},
+                exchanges=read_exchanges(path),
+                sites=expected_sites(folder) or [],
             )
         )
     return _distinct(runs)

@@ -1,4 +1,4 @@
-"""Flower carries the messages of runs between sites (the extra `flower`), and takes fedrot's alignment as a mod."""
+"""Flower (the extra `flower`) carries messages between sites; and a mod and a strategy for Flower apps of your own."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedrot.running.flower.mod import align_mod
     from fedrot.running.flower.post import GridPost
+    from fedrot.running.flower.strategy import FedRotStrategy
 
-__all__ = ["GridPost", "align_mod"]
+__all__ = ["FedRotStrategy", "GridPost", "align_mod"]
 
-_HOME = {"align_mod": "mod", "GridPost": "post"}
+_HOME = {"align_mod": "mod", "GridPost": "post", "FedRotStrategy": "strategy"}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,21 +5,15 @@ FlowerTune's do. The arrays that came are what the client's are turned to, so a 
 what it was sent this round. Products B A stay what they were; everything that is no factor goes through untouched.
 """
 
-import re
-from collections.abc import Mapping
-
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message, MessageType
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable, Mod
-from torch import Tensor
 
-from fedrot.core.adapter import Adapter, LoraPair
 from fedrot.core.alignment import Softening, Strength
 from fedrot.core.errors import AdapterError
 from fedrot.core.methods.base import Broadcast, Seat
 from fedrot.core.methods.rotation import FedRot, Schedule
-
-_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+from fedrot.running.flower.state import ALIGNED, read_state, write_state
 
 
 def align_mod(
@@ -52,25 +46,26 @@ def align_mod(
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         if message.metadata.message_type.split(".")[0] != MessageType.TRAIN:
             return call_next(message, context)
-        sent = _factors(_state(message, arrays, "the message"), "the message")
+        sent = read_state(_record(message, arrays, "the message"), "align_mod: the message", head=False)
         number = _round(message, config, round_key) if factor == "alternate" else 1
         reply = call_next(message, context)
         if reply.has_error():
             return reply
-        back = _state(reply, arrays, "the reply")
-        result = method.client(_factors(back, "the reply"), Broadcast(number, sent), Seat("client"), torch.Generator())
-        turned = {**back, **_keys(result.adapter, back)}
-        reply.content[arrays] = ArrayRecord({key: Array(tensor) for key, tensor in turned.items()})
+        back = _record(reply, arrays, "the reply")
+        mine = read_state(back, "align_mod: the reply", head=False)
+        result = method.client(mine, Broadcast(number, sent), Seat("client"), torch.Generator())
+        reply.content[arrays] = write_state(result.adapter, back)
+        reply.content[ALIGNED] = ConfigRecord({"by": "align_mod"})
         return reply
 
     return mod
 
 
-def _state(message: Message, record: str, who: str) -> dict[str, Tensor]:
+def _record(message: Message, record: str, who: str) -> ArrayRecord:
     if record not in message.content.array_records:
         has = ", ".join(message.content.array_records) or "none"
         raise AdapterError(f"align_mod: {who} has no ArrayRecord {record!r}; it has {has} (align_mod's arrays)")
-    return dict(message.content.array_records[record].to_torch_state_dict())
+    return message.content.array_records[record]
 
 
 def _round(message: Message, record: str, key: str) -> int:
@@ -83,27 +78,3 @@ def _round(message: Message, record: str, key: str) -> int:
             "say where it is by align_mod's config and round_key, or take another factor"
         )
     return found - 1
-
-
-def _factors(state: Mapping[str, Tensor], who: str) -> Adapter:
-    """The factors in a state; scales do not matter to a rotation."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        if match := _FACTOR.fullmatch(key):
-            found.setdefault(match[1], {})[match[2]] = tensor
-    for layer, pair in found.items():
-        if set(pair) != {"A", "B"}:
-            raise AdapterError(f"align_mod: {who} has one factor of {layer} alone")
-    if not found:
-        raise AdapterError(f"align_mod: {who} holds no factors (keys that end in lora_A.weight and lora_B.weight)")
-    return Adapter({layer: LoraPair(pair["A"], pair["B"], 1.0) for layer, pair in found.items()})
-
-
-def _keys(adapter: Adapter, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The factors under the state's keys and in its dtypes, so that they cost what they did."""
-    found = {}
-    for key, tensor in state.items():
-        if match := _FACTOR.fullmatch(key):
-            pair = adapter.layers[match[1]]
-            found[key] = (pair.a if match[2] == "A" else pair.b).to(tensor.dtype)
-    return found

@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from flwr.app import Message as FlowerMessage
 from flwr.app import MessageType
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedrot.running.flower.records import from_records, to_records
@@ -12,17 +14,39 @@ from fedrot.running.network.messages import Message, MessageError
 
 # Flower's types of the requests: what a request is, its header says.
 _TYPES = {"train": MessageType.TRAIN, "answer": MessageType.TRAIN, "evaluate": MessageType.EVALUATE}
+# What Flower says where a node, or what it was sent, is gone.
+_GONE = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
+
+
+@dataclass
+class _Asked:
+    """A request to a client, until its reply is there."""
+
+    request: Message
+    number: str | None = None  # Flower's of the message; None: it has not been sent yet
+    since: str = ""  # when the node that it was sent to connected
+
+
+@dataclass(frozen=True)
+class _Node:
+    number: int
+    since: str  # when it connected: a node that was started again has forgotten what it was sent
 
 
 class GridPost:
     """Sites are Flower nodes. A node is known by the key that it registered with, so no site can speak for another.
 
-    `names` gives the client's name for each public key, as Flower's registry holds keys; None: nodes without keys, on a
-    network where that is not a matter, by the name that the registry gives them or else their number.
+    Args:
+        grid: where they are connected.
+        names: the client's name for each public key, as Flower's registry holds keys; None: nodes without keys, on a
+            network where that is not a matter, by the name that the registry gives them or else their number.
+        pause: seconds between two looks for replies.
+        grace: seconds that a node which is gone may take to come back; it is asked again then.
     """
 
-    def __init__(self, grid: Grid, names: Mapping[bytes, str] | None, pause: float = 1.0) -> None:
-        self._grid, self._names, self._pause = grid, names, pause
+    def __init__(self, grid: Grid, names: Mapping[bytes, str] | None, pause: float = 1.0, grace: float = 0.0) -> None:
+        self._grid, self._names, self._pause, self._grace = grid, names, pause, grace
+        self._seen: dict[str, float] = {}  # client -> when its node was last connected, in monotonic seconds
 
     def clients(self) -> Sequence[str]:
         """The nodes that are connected now, by their clients' names."""
@@ -30,46 +54,62 @@ class GridPost:
 
     def ask(self, requests: Mapping[str, Message], seconds: float | None) -> Iterator[tuple[str, Message | str]]:
         """Every client's reply as it comes, or why there is none; a node that is gone is said to be."""
-        nodes, began = self._nodes(), time.monotonic()
-        there = [client for client in requests if client in nodes]
-        for client in requests:
-            if client not in nodes:
+        waiting, began = {client: _Asked(request) for client, request in requests.items()}, time.monotonic()
+        while True:
+            nodes = self._nodes()
+            self._send(waiting, nodes, seconds)
+            for client, reply in self._pull(waiting):
+                del waiting[client]
+                yield client, reply
+            over = time.monotonic()
+            for client in [c for c in waiting if c not in nodes and over - self._seen.get(c, -1e9) >= self._grace]:
+                del waiting[client]
                 yield client, "is not connected"
-        waiting = dict(zip(self._push(requests, there, nodes, seconds), there, strict=True))
-        while waiting:
-            for reply in self._grid.pull_messages(list(waiting)):
-                if (number := reply.metadata.reply_to_message_id) in waiting:
-                    yield waiting.pop(number), _read(reply)
-            if seconds is not None and time.monotonic() - began > seconds:
+            if not waiting or (seconds is not None and over - began > seconds):
                 break
-            if waiting:
-                time.sleep(self._pause)
-        for client in waiting.values():
+            time.sleep(self._pause)
+        for client in waiting:
             yield client, f"gave no answer within {seconds:g} s (federation.deadline)"
 
-    def _push(
-        self, requests: Mapping[str, Message], clients: Sequence[str], nodes: Mapping[str, int], seconds: float | None
-    ) -> list[str]:
-        """Send the requests; Flower's number of each message, in the clients' order."""
-        sent = [
+    def _send(self, waiting: Mapping[str, _Asked], nodes: Mapping[str, _Node], seconds: float | None) -> None:
+        """Send what its node does not have: what is new, and what it had before it was started again."""
+        due = {c: a for c, a in waiting.items() if c in nodes and (a.number is None or a.since != nodes[c].since)}
+        messages = [
             FlowerMessage(
-                content=to_records(requests[client]),
-                dst_node_id=nodes[client],
-                message_type=_TYPES.get(str(requests[client].header.get("kind")), MessageType.QUERY),
+                content=to_records(asked.request),
+                dst_node_id=nodes[client].number,
+                message_type=_TYPES.get(str(asked.request.header.get("kind")), MessageType.QUERY),
                 ttl=seconds,
-                group_id=str(requests[client].header.get("round", "")),
+                group_id=str(asked.request.header.get("round", "")),
             )
-            for client in clients
+            for client, asked in due.items()
         ]
-        return [str(number) for number in self._grid.push_messages(sent)]
+        numbers = self._grid.push_messages(messages) if messages else ()
+        for (client, asked), number in zip(due.items(), numbers, strict=True):
+            asked.number, asked.since = str(number), nodes[client].since
 
-    def _nodes(self) -> dict[str, int]:
-        """The number of each connected node, by its client's name; nodes without one are passed over."""
-        found: dict[str, int] = {}
+    def _pull(self, waiting: Mapping[str, _Asked]) -> list[tuple[str, Message | str]]:
+        """The replies that are there. What Flower says of a node that is gone is none: it may come back."""
+        numbers = {asked.number: client for client, asked in waiting.items() if asked.number is not None}
+        found: list[tuple[str, Message | str]] = []
+        for reply in self._grid.pull_messages(list(numbers)) if numbers else ():
+            client = numbers.pop(reply.metadata.reply_to_message_id, None)
+            if client is None:
+                continue
+            if reply.has_error() and reply.error.code in _GONE and self._grace:
+                waiting[client].number = None
+            else:
+                found.append((client, _read(reply)))
+        return found
+
+    def _nodes(self) -> dict[str, _Node]:
+        """Each connected node, by its client's name; nodes without one are passed over."""
+        found: dict[str, _Node] = {}
         for node in self._grid.get_nodes():
             name = (node.name or str(node.node_id)) if self._names is None else self._names.get(node.public_key)
             if name is not None:
-                found[name] = node.node_id
+                found[name] = _Node(node.node_id, node.last_activated_at)
+        self._seen |= dict.fromkeys(found, time.monotonic())
         return found
 
 

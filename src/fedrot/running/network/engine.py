@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 from fedrot import __version__
@@ -16,11 +17,14 @@ from fedrot.core.packed import Layout
 from fedrot.learning.evaluation import Evaluation
 from fedrot.learning.scores import AVERAGED
 from fedrot.learning.tasks import classification, generation
-from fedrot.running.engine import Failure
+from fedrot.running.engine import Failure, Summed
 from fedrot.running.network.journal import Exchange, Journal, now
 from fedrot.running.network.messages import Message, MessageError, count_of, of_round, shown, value_of
+from fedrot.running.network.secure import require
 from fedrot.running.network.tensors import adapter_message, broadcast_message, read_adapter, read_upload
+from fedrot.running.privacy import told
 from fedrot.running.recipe import Recipe
+from fedrot.running.secure import SecureSum, total_weight
 from fedrot.running.settings import drawn_count, least_uploads
 from fedrot.running.simulation import personal
 
@@ -149,6 +153,8 @@ class Network:
                 self.refused.pop(client, None)
             except MessageError as problem:
                 self.refused[client] = str(problem)
+                if isinstance(reply, Message) and reply.refused is None:  # it did not refuse, this server does
+                    self._note(client, request, Message.refusal(str(problem)), now())
 
     @property
     def clients(self) -> Sequence[str]:
@@ -159,6 +165,11 @@ class Network:
     def joined(self) -> Mapping[str, Mapping[str, int]]:
         """How many examples of each split the sites have that take part now."""
         return self._joined
+
+    @property
+    def held(self) -> Mapping[str, int]:
+        """Training examples of the sites that take part now, as they said."""
+        return {client: counts["train"] for client, counts in self._joined.items()}
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Upload | Failure]:
         """One round of local training at these sites."""
@@ -172,10 +183,36 @@ class Network:
             except (MessageError, RejectedUpload) as problem:
                 yield Failure(client, str(problem))
 
+    def train_summed(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Summed | Failure]:
+        """The same with secure aggregation: no upload is seen."""
+        self._round = broadcast.round
+        held = self._held(clients)
+        of = SecureSum.of_uploads(self._recipe, broadcast, total_weight(self._recipe, held.values()))
+        request = broadcast_message(broadcast, self._recipe, "train", total=of.total)
+        return self._summed(of, self._told(request, clients), held)
+
+    def _held(self, clients: Sequence[str]) -> dict[str, int]:
+        """How many examples the sites said to have; those that have not joined do so now."""
+        self._introduce([c for c in clients if c not in self._joined], self._recipe.federation.deadline)
+        return {client: self._joined[client]["train"] for client in clients if client in self._joined}
+
+    def _summed(
+        self, of: SecureSum, requests: Mapping[str, Message], held: Mapping[str, int]
+    ) -> Iterator[Summed | Failure]:
+        """The stages of a secure sum, which these requests begin; a deadline is of each stage."""
+        require()
+        from fedrot.running.network.secure.server import secure_sum
+
+        seconds = self._recipe.federation.deadline
+        away = [(client, self.refused[client]) for client in requests if client not in held]
+        replies = chain(away, self._replies({client: requests[client] for client in held}))
+        return secure_sum(of, replies, lambda more: self._ask(more, seconds), held, list(requests))
+
     def _check_held(self, upload: Upload) -> None:
-        """A site's weight is what it said when it joined. With privacy.mode local no upload says any."""
+        """A site's weight is what it said when it joined. With privacy.mode local or example no upload says any."""
         joined = self._joined[upload.client]["train"]
-        if upload.held != joined and self._recipe.privacy.mode != "local":
+        reports, _ = told(self._recipe)
+        if upload.held != joined and reports:
             raise RejectedUpload(f"upload: it says {upload.held} examples are held, the site said {joined} on joining")
 
     def remember(self, records: Iterable[Mapping[str, Any]]) -> None:
@@ -203,6 +240,13 @@ class Network:
             # What an upload says beside its tensors was checked in the first phase.
             metrics = {"loss": 0.0, "steps": 0.0, "tokens": 0.0}
             yield Upload(client, found, held=1, used=1, metrics=metrics)
+
+    def answer_summed(self, question: Adapter, clients: Sequence[str]) -> Iterator[Summed | Failure]:
+        """The second phase with secure aggregation."""
+        held = self._held(clients)
+        of = SecureSum.of_answers(self._recipe, self._round, question, total_weight(self._recipe, held.values()))
+        request = adapter_message(question, frozenset({"b"}), kind="answer", round=self._round, total=of.total)
+        return self._summed(of, dict.fromkeys(clients, request), held)
 
     def evaluate(self, broadcast: Broadcast, split: str, limit: int | None = None) -> Evaluation:
         """The sites' own scores of their own examples, and their mean by numbers of examples.

@@ -14,7 +14,6 @@ from types import TracebackType
 from fedrot.running.network.channel import WorkerError
 
 _LIVED = 600.0  # seconds after which a death is not counted with those before
-_LONGEST_PAUSE = 60.0  # seconds
 
 Process = subprocess.Popen[bytes]
 
@@ -65,18 +64,24 @@ class Keeper:
     Args:
         program: what runs.
         ready: returns when a process that was started does its work; raises `WorkerError` where it never will.
-        pause: seconds before it is started again; twice as many after every further death, 60 at most.
+        pause: seconds before it is started again; twice as many after every further death.
         limit: deaths in a row, less than ten minutes after the start, after which it is given up; None: never.
+        longest: seconds that a pause takes at most.
 
     Raises:
         WorkerError: on entering, what `ready` raised.
     """
 
     def __init__(
-        self, program: Program, ready: Callable[[Process], None], pause: float = 1.0, limit: int | None = 5
+        self,
+        program: Program,
+        ready: Callable[[Process], None],
+        pause: float = 1.0,
+        limit: int | None = 5,
+        longest: float = 60.0,
     ) -> None:
         self.program, self._ready = program, ready
-        self._pause, self._limit = pause, limit
+        self._pause, self._limit, self._longest = pause, limit, longest
         self.process: Process | None = None
         self._starting, self._ending, self._over = threading.Lock(), threading.Event(), threading.Event()
         self._reason: str | None = None
@@ -118,7 +123,7 @@ class Keeper:
             if code in self.program.final or (self._limit is not None and deaths > self._limit):
                 self._give_up(f"{died}; it is not started again")
                 break
-            pause = min(self._pause * 2 ** (deaths - 1), _LONGEST_PAUSE)
+            pause = min(self._pause * 2 ** (deaths - 1), self._longest)
             _log.warning("%s; it is started again in %g s", died, pause)
             self._ending.wait(pause)
             with self._starting:

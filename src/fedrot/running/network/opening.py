@@ -7,12 +7,15 @@ from fedrot.core.errors import RecipeError, RunError
 from fedrot.learning.loading import load_model
 from fedrot.learning.sources.read import known_labels
 from fedrot.running.choices import for_machine
+from fedrot.running.clock import check_real
 from fedrot.running.folder import RunFolder
 from fedrot.running.network.engine import Expected, Network, Post
 from fedrot.running.network.journal import FileJournal
+from fedrot.running.network.secure import require
 from fedrot.running.prepare import first_adapter
 from fedrot.running.recipe import Recipe
 from fedrot.running.run import Stage
+from fedrot.running.settings import drawn_count
 
 SITES = "sites.json"  # in the run folder: the run's name at its sites, and its clients
 
@@ -20,6 +23,7 @@ SITES = "sites.json"  # in the run folder: the run's name at its sites, and its 
 def check_for_sites(recipe: Recipe, clients: Sequence[str]) -> None:
     """Refuse what a run between sites cannot do, with the reason. Raises `RecipeError`."""
     method = recipe.method
+    check_real(recipe)
     if known_labels(recipe.data) is None:
         raise RecipeError("data.labels: a server sees no examples; give the labels' names in their order")
     for refused, key, why in (
@@ -47,6 +51,13 @@ def check_for_sites(recipe: Recipe, clients: Sequence[str]) -> None:
     ):
         if refused:
             raise RecipeError(f"{key}: between sites, {why}")
+    if recipe.secure.aggregation:
+        require()
+        if (drawn := drawn_count(len(clients), recipe.federation.participation)) < recipe.secure.fewest:
+            raise RecipeError(
+                f"secure.fewest: {drawn} of the {len(clients)} clients are drawn for a round, and no sum of fewer than "
+                f"{recipe.secure.fewest} is opened; ask more clients"
+            )
     if strange := sorted(set(recipe.lora.ranks or ()) - set(clients)):
         raise RecipeError(f"lora.ranks: there is no client {strange[0]!r}; the clients are {', '.join(clients[:8])}")
 
@@ -65,6 +76,7 @@ def between_sites(post: Post, clients: Sequence[str], wait: float) -> Callable[[
         model = load_model(recipe.model, recipe.lora, labels, recipe.seed)
         expected = Expected(first_adapter(recipe, model), model.fingerprint(), labels)
         engine = Network(recipe, expected, post, clients, described["run"], FileJournal(folder.path), wait)
-        return Stage(recipe, engine, model, {"model": expected.model}, {SITES: described})
+        how = f"{len(clients)} sites, each computing as it was told there"
+        return Stage(recipe, engine, model, {"model": expected.model}, {SITES: described}, how)
 
     return open_stage

@@ -7,18 +7,19 @@ a site trains and keeps is what the embedded engine would for this one client.
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedrot import __version__
 from fedrot.core.errors import FedrotError, RecipeError, RunError
-from fedrot.core.methods.base import ALL_PARTS, ClientState
+from fedrot.core.methods.base import ALL_PARTS, ClientState, Upload
 from fedrot.core.packed import Layout
 from fedrot.core.products import joined
 from fedrot.running.client import Round, keeps_state
 from fedrot.running.network.memory import Memory
 from fedrot.running.network.messages import Message, MessageError, count_of, shown, value_of
+from fedrot.running.network.secure import STAGES, require
 from fedrot.running.network.tensors import (
     adapter_message,
     read_adapter,
@@ -28,7 +29,11 @@ from fedrot.running.network.tensors import (
 from fedrot.running.prepare import Prepared, prepare_site
 from fedrot.running.recipe import Recipe
 from fedrot.running.recipe_file import parse_recipe
+from fedrot.running.secure import SecureSum
 from fedrot.running.simulation import Simulation
+
+if TYPE_CHECKING:
+    from fedrot.running.network.secure.site import Participant
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Here:
     data: Path  # its data, as data.path
     model: str | None = None  # its copy of the base model, as model.path
     compute: Mapping[str, Any] | None = None  # keys of the section compute
+    secure: bool = False  # whether it takes part in runs with secure.aggregation only
 
 
 class Site:
@@ -80,6 +86,8 @@ class Site:
                 f"{self._here.name} has fedrot {__version__}, the server {shown(version)}; install the same one"
             )
         recipe = self._recipe(value_of(request.header, "recipe", dict))
+        if self._here.secure and not recipe.secure.aggregation:
+            raise RunError(f"{self._here.name} takes part in runs with secure.aggregation only; set it to true")
         run = value_of(request.header, "run", str)
         if not re.fullmatch(r"[A-Za-z0-9]{1,64}", run):
             raise MessageError(f"the run's name must be of letters and digits, got {shown(run)}")
@@ -119,6 +127,9 @@ class _Seat:
         (self._name,) = self._engine.clients
         self._form = ready.model.read()
         self._last: tuple[int, Round] | None = None
+        self._sum: Participant | None = None
+        if ready.recipe.secure.aggregation:
+            require()
 
     def introduction(self) -> Message:
         """What the server must know before it lets the site take part."""
@@ -142,6 +153,9 @@ class _Seat:
         if keeps_state(self._ready.recipe):
             self._memory.hold(broadcast.round, made.kept or state, accepted)
         self._last = broadcast.round, made
+        if self._ready.recipe.secure.aggregation:
+            total = count_of(request.header, "total", least=1)
+            return self._open(SecureSum.of_uploads(self._ready.recipe, broadcast, total), made.upload)
         return upload_message(made, broadcast, self._ready.recipe)
 
     def answer(self, request: Message) -> Message:
@@ -151,7 +165,24 @@ class _Seat:
             raise RunError(f"{self._name}: has nothing of round {number} to answer from")
         question = read_adapter(request, self._form, frozenset({"b"}))
         found = self._ready.recipe.method.answer(self._last[1].trained, question)
+        if self._ready.recipe.secure.aggregation:
+            total = count_of(request.header, "total", least=1)
+            of = SecureSum.of_answers(self._ready.recipe, number, question, total)
+            return self._open(of, replace(self._last[1].upload, adapter=found, rotation={}))
         return adapter_message(found, frozenset({"a"}), round=number)
+
+    def _open(self, of: SecureSum, upload: Upload) -> Message:
+        """Begin a secure sum, in the place of sending an upload."""
+        from fedrot.running.network.secure.site import Consents, Participant
+
+        self._sum = Participant(self._name, of, of.summand(upload), Consents(self._folder))
+        return self._sum.opening()
+
+    def stage(self, request: Message) -> Message:
+        """A stage of the secure sum that was begun last."""
+        if self._sum is None:
+            raise RunError(f"{self._name}: has begun no secure sum")
+        return self._sum.handle(request)
 
     def evaluate(self, request: Message) -> Message:
         """The scores of the broadcast, or of the client's own model, on the site's own examples."""
@@ -191,3 +222,4 @@ class _Seat:
 
 
 _ANSWERS = {"train": _Seat.train, "answer": _Seat.answer, "evaluate": _Seat.evaluate, "finish": _Seat.finish}
+_ANSWERS |= dict.fromkeys(STAGES, _Seat.stage)

@@ -95,9 +95,9 @@ class Worker:
     def __init__(
         self, here: Here, folder: Path, path: Path, seconds: float = 120.0, pause: float = 1.0, limit: int = 5
     ) -> None:
-        self._here, self._path, self._seconds = here, path.absolute(), seconds
+        self._here, self.path, self._seconds = here, path.absolute(), seconds
         self.log = folder.absolute() / "worker.log"
-        settings = {"here": asdict(here), "folder": str(folder.absolute()), "socket": str(self._path)}
+        settings = {"here": asdict(here), "folder": str(folder.absolute()), "socket": str(self.path)}
         environment = {"TOKENIZERS_PARALLELISM": "false"}
         if threads := (here.compute or {}).get("threads"):
             environment |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -124,7 +124,7 @@ class Worker:
             if process.poll() is not None:
                 raise WorkerError(self.keeper.program.died(process.returncode))
             try:
-                reply = ask(self._path, Message.of(kind=_PING), 0.2, patience=5.0)
+                reply = ask(self.path, Message.of(kind=_PING), 0.2, patience=5.0)
             except WorkerError:
                 continue
             if reply.header.get("client") == self._here.name:

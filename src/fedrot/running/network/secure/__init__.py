@@ -20,6 +20,9 @@ from importlib import import_module
 
 from fedrot.core.errors import RunError
 
+# The kinds of the requests after the one that a sum begins with.
+STAGES = ("share", "masked", "unmask")
+
 
 def require() -> None:
     """Raise `RunError` where the packages that the cryptography is from are not installed."""

@@ -50,7 +50,7 @@ class Public:
         _point(found.masking)
         return found
 
-    def bytes(self) -> bytes:
+    def packed(self) -> bytes:  # (PUBLIC,)
         """The inverse of `read`."""
         return self.sealing + self.masking + self.promise
 
@@ -125,7 +125,7 @@ def add_mask(summand: Summand, key: bytes, sign: int) -> None:
         for start in range(0, len(numbers), _PIECE):
             piece = numbers[start : start + _PIECE]
             mask = np.frombuffer(stream.update(bytes(piece.nbytes)), dtype=piece.dtype.newbyteorder("<"))
-            np.add(piece, mask if sign > 0 else -mask, out=piece)
+            (np.add if sign > 0 else np.subtract)(piece, mask, out=piece)
 
 
 def split(secret: bytes, threshold: int, count: int) -> list[bytes]:
