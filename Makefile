@@ -1,5 +1,6 @@
 # make demo   set everything up and run the demonstration on real data
 # make test   the tests            make check  lint, types, floors and the tests
+# make test-deploy  real processes between sites (minutes)    make soak  20 of them killed at random
 # make bench  speed and memory     make figures  the documentation's figures
 # make study DATA=folder   methods compared with searched rates (hours; goes on where it was)
 # make replay TREC=folder  aggregation on recorded uploads (half an hour)     make results  docs/results.md, docs/performance.md from their files
@@ -17,7 +18,7 @@ DEMO_OUT ?= runs/demo
 # A folder with sst2/ and gsm8k/ for the benchmark; VADER's movie reviews and HumanEval's problems without it
 DATA ?=
 
-.PHONY: demo test check lint bench figures replay study results clean
+.PHONY: demo test test-deploy soak check lint bench figures replay study results clean
 
 demo: $(RUN)
 	$(BIN)/fedrot data fetch minilm vader
@@ -29,6 +30,12 @@ demo: $(RUN)
 
 test: $(DEV)
 	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
+
+test-deploy: $(DEV)
+	FEDROT_DEPLOY=1 $(BIN)/python -m pytest tests/deploy
+
+soak: $(DEV)
+	FEDROT_DEPLOY=1 FEDROT_KILLS=20 $(BIN)/python -m pytest -s tests/deploy -k random_kills
 
 lint: $(DEV)
 	$(BIN)/ruff check .

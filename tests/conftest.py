@@ -13,6 +13,9 @@ import pytest
 # Set before torch or transformers are imported anywhere: one thread a test process, and never a hub.
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
+# Real processes for minutes: make test-deploy and make soak.
+collect_ignore = [] if os.environ.get("FEDROT_DEPLOY") else ["deploy"]
+
 WORDS = {
     "positive": ["good", "great", "fine", "lovely", "superb", "bright", "happy", "warm", "clever", "charming"],
     "negative": ["bad", "awful", "poor", "dull", "bleak", "cold", "sad", "weak", "clumsy", "boring"],

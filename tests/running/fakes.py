@@ -43,6 +43,10 @@ class FakeEngine:
     def clients(self) -> Sequence[str]:
         return sorted(self.sizes)
 
+    @property
+    def held(self) -> Mapping[str, int]:
+        return self.sizes
+
     def local(self, broadcast: Broadcast, client: str) -> Adapter:
         rng = generator("local", broadcast.round, client)
 

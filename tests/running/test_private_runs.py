@@ -239,9 +239,9 @@ def test_the_server_takes_no_report_that_it_must_not_have(what: str, value: Any,
     form = first_adapter()
     settings = parse_recipe(tiny_values, ()).checks
     bare = Upload("c", form, held=0, used=0)
-    check_upload(bare, form, settings, reports=False)
+    check_upload(bare, form, settings, reports=False, turns=False)
     with pytest.raises(RejectedUpload, match=f"beside its change.*{what}"):
-        check_upload(replace(bare, **{what: value}), form, settings, reports=False)
+        check_upload(replace(bare, **{what: value}), form, settings, reports=False, turns=False)
     with pytest.raises(RejectedUpload, match="held must be a positive whole number"):
         check_upload(bare, form, settings)
 

@@ -46,6 +46,8 @@ def round_line(record: Mapping[str, Any], rounds: int) -> str:
         )
     if "privacy" in record:
         words.append(f"epsilon {record['privacy']['epsilon']:.3g}")
+    if clipped := record.get("secure", {}).get("clipped"):
+        words.append(f"{clipped:.2%} beyond secure.range")
     if record["clients"]["dropped"]:
         words.append(f"dropped {len(record['clients']['dropped'])}")
     words.append(f"{record['seconds']['round']:.1f} s")

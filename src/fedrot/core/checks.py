@@ -19,6 +19,9 @@ _MOST = 2**53
 
 # What every client reports of its local training.
 METRICS = ("loss", "steps", "tokens")
+# What an upload says beside its adapter: of the data and their training, and of what became of the factors.
+_REPORTS = ("held", "used", "metrics", "seconds")
+_TURNS = ("rotation", "layers")
 
 
 class RejectedUpload(FedrotError):
@@ -26,12 +29,17 @@ class RejectedUpload(FedrotError):
 
 
 def check_upload(
-    upload: Upload, form: Adapter, settings: CheckSettings, variate: bool = False, reports: bool = True
+    upload: Upload,
+    form: Adapter,
+    settings: CheckSettings,
+    variate: bool = False,
+    reports: bool = True,
+    turns: bool = True,
 ) -> None:
     """Raise `RejectedUpload` with the reason unless the upload has `form`'s names, shapes and dtypes, finite values, a
     sane example count, rotations in SO(r), and a change from `form` (the broadcast) within the norm bound; and, with
-    `variate`, a control variate of the same form, without it none. Without `reports` it must be its adapter and nothing
-    else: whatever more it says has no noise (privacy.mode local).
+    `variate`, a control variate of the same form, without it none. Without `reports` it must hold no counts, losses or
+    times, without `turns` no rotations and no drift: they have no noise (privacy.mode local and example).
     """
     _check_tensors(upload.adapter, form, "upload")
     if variate != (upload.variate is not None):
@@ -45,14 +53,12 @@ def check_upload(
             raise RejectedUpload(
                 f"upload: its change has norm {math.sqrt(change2):.3g}, above checks.max_norm {settings.max_norm:g}"
             )
-    if not reports:
-        _check_silence(upload)
-        return
+    _check_silence(upload, reports, turns)
     for what, count in (("held", upload.held), ("used", upload.used)):
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 < count < _MOST:
+        if reports and (isinstance(count, bool) or not isinstance(count, int) or not 0 < count < _MOST):
             raise RejectedUpload(f"upload: examples {what} must be a positive whole number, got {_short(count)}")
     _check_rotation(upload, form)
-    _check_reports(upload, form)
+    _check_reports(upload, form, METRICS if reports else ())
 
 
 def _check_tensors(adapter: Adapter, form: Adapter, who: str) -> None:
@@ -88,15 +94,16 @@ def _check_rotation(upload: Upload, form: Adapter) -> None:
             raise RejectedUpload(f"upload: the rotation of {name} is not orthogonal with determinant 1")
 
 
-def _check_silence(upload: Upload) -> None:
-    for what in ("held", "used", "rotation", "metrics", "layers", "seconds"):
+def _check_silence(upload: Upload, reports: bool, turns: bool) -> None:
+    forbidden = (() if reports else _REPORTS) + (() if turns else _TURNS)
+    for what in forbidden:
         if getattr(upload, what):
             raise RejectedUpload(f"upload: it says something of the client's data beside its change ({what})")
 
 
-def _check_reports(upload: Upload, form: Adapter) -> None:
+def _check_reports(upload: Upload, form: Adapter, metrics: tuple[str, ...]) -> None:
     """The numbers beside the tensors end in log and report: all that are expected must be there, and be numbers."""
-    reports: list[tuple[str, Mapping[str, float], tuple[str, ...]]] = [("metrics", upload.metrics, METRICS)]
+    reports: list[tuple[str, Mapping[str, float], tuple[str, ...]]] = [("metrics", upload.metrics, metrics)]
     if upload.layers:
         if set(upload.layers) != set(form.layers):
             raise RejectedUpload("upload: its drift is not that of the adapter's layers")

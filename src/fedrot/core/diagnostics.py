@@ -80,6 +80,11 @@ def observer(settings: DiagnosticsSettings, round: int, uploads: int, seed: int)
     return SketchObserver(settings.sketch_width, seed)
 
 
+def _own(upload: Upload) -> Adapter:
+    """An upload's factors before alignment."""
+    return upload.unturned or rotate_back(upload.adapter, upload.rotation)
+
+
 class ExactErrors:
     """Exact errors. Holds the uploads until the round ends."""
 
@@ -92,7 +97,7 @@ class ExactErrors:
     def add(self, upload: Upload, weight: float) -> None:
         """Take one upload in, in the frame it came in and turned back to its client's own."""
         self._after.append(upload.adapter)
-        self._before.append(rotate_back(upload.adapter, upload.rotation))
+        self._before.append(_own(upload))
         self._weights.append(weight)
 
     def result(self, sent: Sequence[Adapter] = ()) -> AggregationErrors:
@@ -120,7 +125,7 @@ class SketchObserver:
     def add(self, upload: Upload, weight: float) -> None:
         """Fold one upload in, in the frame it came in and turned back to its client's own."""
         self._sketch = self._sketch or SketchedErrors(upload.adapter, self._width, self._seed)
-        self._sketch.add(upload.adapter, weight, rotate_back(upload.adapter, upload.rotation))
+        self._sketch.add(upload.adapter, weight, _own(upload))
 
     def result(self, sent: Sequence[Adapter] = ()) -> AggregationErrors:
         """The errors over all uploads seen."""

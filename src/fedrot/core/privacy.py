@@ -29,14 +29,16 @@ def seeded_normals(rng: torch.Generator) -> Normals:
 
 def system_normals(shape: torch.Size) -> Tensor:
     """Noise that nobody can foresee: from the operating system's generator, by Box and Muller's transform."""
-    # 53 bits each; the first is in (0, 1], so that its logarithm is finite.
-    radius, angle = ((_random_bits(shape.numel()) >> 11) & (2**53 - 1) for _ in range(2))
-    uniform = (radius + 1).double() * 2.0**-53
-    return ((-2 * uniform.log()).sqrt() * (2 * math.pi * 2.0**-53 * angle.double()).cos()).reshape(shape)
+    radius, angle = (system_uniforms(shape.numel()) for _ in range(2))
+    # In (0, 1], so that its logarithm is finite.
+    uniform = radius + 2.0**-53
+    return ((-2 * uniform.log()).sqrt() * (2 * math.pi * angle).cos()).reshape(shape)
 
 
-def _random_bits(count: int) -> Tensor:  # (count,) int64
-    return torch.frombuffer(bytearray(os.urandom(8 * count)), dtype=torch.int64) if count else torch.empty(0).long()
+def system_uniforms(count: int) -> Tensor:  # (count,) float64
+    """Numbers in [0, 1), of 53 bits each, that nobody can foresee: from the operating system's generator."""
+    bits = torch.frombuffer(bytearray(os.urandom(8 * count)), dtype=torch.int64) if count else torch.empty(0).long()
+    return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
 
 
 def clipped_change(

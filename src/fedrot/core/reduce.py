@@ -39,6 +39,11 @@ class Reduction:
         self._weight += weight
         self.count += 1
 
+    def add_mean(self, mean: Adapter, weight: float, count: int) -> None:
+        """Fold in the weighted mean of `count` adapters of which nothing else is known."""
+        self.add(mean, weight)
+        self.count += count - 1
+
     def result(self) -> Reduced:
         """The reduced round; the mean comes back in `form`'s dtypes."""
         if not self.count:

@@ -22,7 +22,7 @@ from fedrot.learning.models import ResidentModel
 
 @dataclass(frozen=True)
 class Seats:
-    """Which part of a batch belongs to which of the first C clients of a stack."""
+    """Which part of a batch belongs to which of the first C clients of a stack, or of C examples in their places."""
 
     examples: tuple[int, ...]  # (C) examples of each client
     tokens: tuple[int, ...]  # (C) tokens of each client, padding not counted
@@ -59,6 +59,7 @@ class Stack:
         self.trained = {name: t for name, t in self._tensors.items() if part_of(name) in parts}
         for tensor in self.trained.values():
             tensor.requires_grad_(True)
+        self._used, self._used_scales = self._tensors, self._scales  # what the next forward pass works with
 
     def stacked(self, tensors: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors of every client, by flat name, as the stack's own are: (C, ...), at the stack's rank. None: none."""
@@ -92,7 +93,17 @@ class Stack:
 
     def seat(self, seats: Seats) -> None:
         """Say whose rows the next forward pass sees."""
+        self._seats, self._used, self._used_scales = seats, self._tensors, self._scales
+
+    def seat_examples(self, seats: Seats, owners: Sequence[int]) -> dict[str, Tensor]:
+        """The same where every seat is one of E examples, of the client that `owners` says. Each has a copy of its
+        client's tensors to itself. Given are those of `trained`, (E, ...): their gradients are the examples' own.
+        """
+        places = torch.tensor(owners, device=self._model.device)
         self._seats = seats
+        self._used = {name: tensor.detach()[places] for name, tensor in self._tensors.items()}
+        self._used_scales = {layer: scale[places] for layer, scale in self._scales.items()}
+        return {name: self._used[name].requires_grad_(True) for name in self.trained}
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -105,11 +116,11 @@ class Stack:
             yield
 
     def _low_rank_forward(self, layer: str, base: nn.Module) -> Callable[[Tensor], Tensor]:
-        a, b, scale = self._tensors[f"layers/{layer}/a"], self._tensors[f"layers/{layer}/b"], self._scales[layer]
         p = self._model.dropout()
 
         def run(x: Tensor) -> Tensor:
-            seats = self._now()
+            seats, scale = self._now(), self._used_scales[layer]
+            a, b = self._used[f"layers/{layer}/a"], self._used[f"layers/{layer}/b"]
             flat = x.reshape(-1, x.shape[-1])
             # A layer behind the last attention may see only the tokens that are read.
             sizes = seats.rows if len(flat) == seats.layout.rows else seats.examples
@@ -135,7 +146,7 @@ class Stack:
         def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             found = []
             for client, mine in enumerate(x.split(self._now().examples)):
-                own = {key: self._tensors[f"head/{name}.{key}"][client] for key in keys}
+                own = {key: self._used[f"head/{name}.{key}"][client] for key in keys}
                 found.append(torch.func.functional_call(head, own, (mine, *args), kwargs))
             return torch.cat(found)
 

@@ -23,7 +23,7 @@ from fedrot.core.seeding import generator
 from fedrot.learning.encoding import Encoded
 from fedrot.learning.local import Job, LocalFailure, LocalResult, train_clients
 from fedrot.learning.models import ResidentModel
-from fedrot.running.privacy import guarded, silent
+from fedrot.running.privacy import guarded, of_examples, silent
 from fedrot.running.recipe import Recipe
 
 HEAD, METHOD, VARIATE, LOST = "head/", "method/", "variate/", "lost/"  # prefixes of what a client keeps
@@ -81,7 +81,8 @@ def train_begun(
     """The local steps of these clients, which hold examples of one data set, in one stack."""
     parts = recipe.method.trainable(broadcast.round) - ({"head"} if recipe.lora.head == "frozen" else set())
     data, packing = begun[0].client.data, bool(recipe.compute.packing)
-    return train_clients(model, data, [one.job for one in begun], recipe.local, parts, packing)
+    jobs = [one.job for one in begun]
+    return train_clients(model, data, jobs, recipe.local, parts, packing, of_examples(recipe))
 
 
 def finish_round(begun: Begun, local: LocalResult, broadcast: Broadcast, recipe: Recipe, seconds: float) -> Round:
@@ -93,7 +94,8 @@ def finish_round(begun: Begun, local: LocalResult, broadcast: Broadcast, recipe:
     ended = time.perf_counter()
     result = recipe.method.client(trained, broadcast, begun.seat, generator(*begun.job.key, "method"))
     aligned = time.perf_counter()
-    wanted = measured(recipe.diagnostics, broadcast.round) and recipe.privacy.mode != "local"
+    hidden = recipe.privacy.mode == "local" or recipe.secure.aggregation
+    wanted = measured(recipe.diagnostics, broadcast.round) and not hidden
     drift = client_drift(trained, start, result.rotation) if wanted else {}
     done = time.perf_counter()
 

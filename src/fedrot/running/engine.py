@@ -37,17 +37,27 @@ class Engine(Protocol):
     def clients(self) -> Sequence[str]:
         """Every client's name, sorted."""
 
+    @property
+    def held(self) -> Mapping[str, int]:
+        """Training examples of every client that is there: between sites, of those that have joined."""
+
     def begin(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Rounds are about to be played, after those whose records these are. Raises `RunError` where they cannot."""
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Upload | Failure]:
         """One round of local training by these clients."""
 
+    def train_summed(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Summed | Failure]:
+        """`train` with secure.aggregation: a failure for each client that is lost, and what is known of the others."""
+
     def settle(self, accepted: Collection[str]) -> None:
         """The uploads of these clients went into the round; what a dropped client would have kept is forgotten."""
 
     def answer(self, question: Adapter, clients: Sequence[str]) -> Iterator[Upload | Failure]:
         """The second phase of a round, for the methods that have one, by clients whose upload was accepted."""
+
+    def answer_summed(self, question: Adapter, clients: Sequence[str]) -> Iterator[Summed | Failure]:
+        """`answer` with secure.aggregation."""
 
     def evaluate(self, broadcast: Broadcast, split: str, limit: int | None = None) -> Evaluation:
         """Score the global model, or each client's own where models are personal, on at most `limit` rows."""

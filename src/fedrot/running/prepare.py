@@ -22,6 +22,7 @@ from fedrot.learning.tasks import classification, generation
 from fedrot.learning.tasks.answers import Problems
 from fedrot.learning.tasks.shots import drawn_shots
 from fedrot.running.choices import for_machine, for_model
+from fedrot.running.clock import check_clients
 from fedrot.running.recipe import Recipe
 
 
@@ -44,14 +45,15 @@ class Prepared:
 
 
 def divided(recipe: Recipe) -> tuple[Dataset, Partition]:
-    """The examples and who gets which. `DataError` where an evaluation split is missing, `RecipeError` for a rank of a
-    client that there is not.
+    """The examples and who gets which. `DataError` where an evaluation split is missing, `RecipeError` for a rank or a
+    speed of a client that there is not.
     """
     dataset = read_dataset(recipe.data, recipe.seed)
     for key, split in (("evaluation.split", recipe.evaluation.split), ("evaluation.final", recipe.evaluation.final)):
         if split is not None and split not in dataset.splits:
             raise DataError(f"{key}: the data has no split {split!r}; choose {choices(dataset.splits)}")
     partition = divide(dataset, recipe.partition, recipe.seed, recipe.model)
+    check_clients(recipe, partition.clients)
     if strange := sorted(set(recipe.lora.ranks or ()) - set(partition.clients)):
         some = f"the clients are {choices(partition.clients[:8])}" + (" and more" if len(partition.clients) > 8 else "")
         raise RecipeError(f"lora.ranks: there is no client {strange[0]!r}; {some}")

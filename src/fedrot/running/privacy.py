@@ -1,8 +1,11 @@
 """Differential privacy in a run: what a client sends, and what the server makes of a round's uploads.
 
 The order at a client: train, turn, clip, add noise (local), compress. At the server (central): clip again, since a
-client may not have done it, sum, add noise. docs/privacy.md says what follows for whom; accounting.py what it costs.
+client may not have done it, sum, add noise. Where single examples are protected, noise is in the training itself.
+docs/privacy.md says what follows for whom; accounting.py what it costs.
 """
+
+from dataclasses import replace
 
 from fedrot.core.adapter import Adapter
 from fedrot.core.methods.base import Upload
@@ -17,13 +20,14 @@ from fedrot.core.privacy import (
 )
 from fedrot.core.reduce import Reduction
 from fedrot.core.seeding import generator
+from fedrot.learning.private import ExamplePrivacy
 from fedrot.running.recipe import Recipe
 
 
 def guarded(adapter: Adapter, broadcast: Adapter, parts: frozenset[str], recipe: Recipe, *key: int | str) -> Adapter:
     """What a client sends of its adapter: its change clipped and, in local mode, with noise. `key` names the noise."""
     mode, clip = recipe.privacy.mode, recipe.privacy.clip
-    if mode == "none" or clip is None:
+    if mode not in ("central", "local") or clip is None:
         return adapter
     change = clipped_change(adapter, broadcast, parts, clip)
     if mode == "local":
@@ -31,11 +35,29 @@ def guarded(adapter: Adapter, broadcast: Adapter, parts: frozenset[str], recipe:
     return with_change(broadcast, change)
 
 
-def silent(upload: Upload, recipe: Recipe) -> Upload:
-    """In local mode the upload with nothing but its adapter: counts, losses, rotations and times say something of the
-    data, and none of them has noise.
+def of_examples(recipe: Recipe) -> ExamplePrivacy | None:
+    """What local steps do for the privacy of single examples; None in other modes."""
+    settings = recipe.privacy
+    if settings.mode != "example" or settings.clip is None or settings.noise is None:
+        return None
+    return ExamplePrivacy(settings.clip, settings.noise, settings.secure)
+
+
+def told(recipe: Recipe) -> tuple[bool, bool]:
+    """Whether an upload says, beside its adapter: counts, losses and times; rotations and drift.
+
+    All of them say something of the data, and none has noise. But for rotations and drift where single examples are
+    protected: they follow from factors that are private already.
     """
-    return Upload(upload.client, upload.adapter, held=0, used=0) if recipe.privacy.mode == "local" else upload
+    return recipe.privacy.mode not in ("local", "example"), recipe.privacy.mode != "local"
+
+
+def silent(upload: Upload, recipe: Recipe) -> Upload:
+    """The upload with nothing but its adapter and what is `told`."""
+    reports, turns = told(recipe)
+    if not reports:
+        upload = replace(upload, held=0, used=0, metrics={}, seconds={})
+    return upload if turns else replace(upload, rotation={}, layers={})
 
 
 def reduction_of(recipe: Recipe, form: Adapter, parts: frozenset[str], round: int, clients: int) -> Reduction:

@@ -22,7 +22,13 @@ from fedrot.learning.settings import (
     PartitionSettings,
 )
 from fedrot.running.recipe_checks import check_combinations, ranges
-from fedrot.running.settings import CheckpointSettings, FederationSettings, PrivacySettings, TrackingSettings
+from fedrot.running.settings import (
+    CheckpointSettings,
+    FederationSettings,
+    PrivacySettings,
+    SecureSettings,
+    TrackingSettings,
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Recipe:
     checks: CheckSettings = field(default_factory=CheckSettings)
     robust: RobustSettings = field(default_factory=RobustSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
+    secure: SecureSettings = field(default_factory=SecureSettings)
     diagnostics: DiagnosticsSettings = field(default_factory=DiagnosticsSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -96,6 +103,7 @@ SECTIONS: dict[str, type] = {
     "checks": CheckSettings,
     "robust": RobustSettings,
     "privacy": PrivacySettings,
+    "secure": SecureSettings,
     "diagnostics": DiagnosticsSettings,
     "evaluation": EvaluationSettings,
     "checkpoint": CheckpointSettings,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from fedrot.core.errors import FedrotError, RecipeError, choices
 from fedrot.core.methods import methods
 from fedrot.core.robust import check_count
+from fedrot.running.privacy_checks import check_privacy
 from fedrot.running.settings import drawn_count
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def check_combinations(r: "Recipe") -> None:
         raise RecipeError("evaluation.shots: they are taken from train, whose problems are asked; choose another split")
     _method_checks(r)
     if r.privacy.mode != "none":
-        _privacy_checks(r)
+        check_privacy(r)
     if r.secure.aggregation:
         _secure_checks(r)
 
@@ -177,10 +178,16 @@ def _method_checks(r: "Recipe") -> None:
             "does not upload a change, of the same parts in every round, that could be added to a later broadcast",
         ),
         (
-            r.privacy.mode != "none",
+            r.privacy.mode in ("central", "local"),
             "privacy.mode",
             lambda c: c.private,
             "makes more of clients' data than a sum of their changes, and that sum is all that clip and noise protect",
+        ),
+        (
+            r.privacy.mode == "example",
+            "privacy.mode",
+            lambda c: not c.pooled,
+            "trains one client that holds everything, by more steps than those that the accounting is of",
         ),
         (
             r.secure.aggregation,
@@ -257,56 +264,6 @@ def _buffer_checks(r: "Recipe") -> None:
     ):
         if refused:
             raise RecipeError(f"{key}: with federation.buffer, {why}")
-
-
-def _privacy_checks(r: "Recipe") -> None:
-    """Refuse what clipping and noise do not make private, with the reason."""
-    mode, method = r.privacy.mode, r.method
-    for key in ("clip", "noise", "delta"):
-        if getattr(r.privacy, key) is None:
-            raise RecipeError(f"privacy.{key}: give it for privacy.mode {mode}; docs/privacy.md says how it is chosen")
-    counts = "counts of private examples, by which one client's change could weigh more than privacy.clip allows"
-    if method.weighting not in (None, "uniform"):
-        raise RecipeError(f"privacy.mode: method {method.name} weights clients by {counts}; choose another method")
-    for refused, key, why in (
-        (
-            method.weighting is None and r.federation.weighting != "uniform",
-            "federation.weighting",
-            f"{r.federation.weighting} weights clients by {counts}; set it to uniform",
-        ),
-        (
-            r.local.scaffold,
-            "local.scaffold",
-            "control variates travel beside the change, and are neither clipped nor noised; set it to false",
-        ),
-        (
-            r.lora.head == "personal",
-            "lora.head",
-            "heads of the clients' own are learnt without noise and go into the result; set it to shared or frozen",
-        ),
-        (
-            r.evaluation.choose == "best",
-            "evaluation.choose",
-            "which round scored best depends on examples that no noise protects; set it to last",
-        ),
-        (
-            r.privacy.budget is not None and r.privacy.noise == 0,
-            "privacy.budget",
-            "without noise epsilon is infinite from the first round; give privacy.noise, or set the budget to null",
-        ),
-        (
-            r.robust.rule != "none",
-            "robust.rule",
-            "noise is made for a sum of clipped changes, and what a rule makes of them is none; set it to none",
-        ),
-        (
-            mode == "local" and r.checks.max_norm is not None,
-            "checks.max_norm",
-            "noise is most of an upload's norm, and privacy.clip bounds the rest; set it to null",
-        ),
-    ):
-        if refused:
-            raise RecipeError(f"{key}: with privacy.mode {mode}, {why}")
 
 
 def _secure_checks(r: "Recipe") -> None:

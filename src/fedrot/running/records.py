@@ -12,6 +12,7 @@ from fedrot.core.drift import summarise_drift
 from fedrot.core.methods.base import ALL_PARTS, Broadcast, Upload
 from fedrot.core.packed import Layout
 from fedrot.learning.scores import LOWER_IS_BETTER
+from fedrot.running.engine import Summed
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,14 @@ def add_kept(record: dict[str, Any], kept: Mapping[str, float]) -> None:
         clients = record["clients"]
         clients["kept"] = dict(kept)
         clients["used"] = [name for name in clients["used"] if kept[name] > 0]
+
+
+def add_summed(record: dict[str, Any], summed: Summed | None) -> None:
+    """Put into the record what a secure sum says of its clients together."""
+    if summed is not None:
+        record["secure"] = {"clipped": summed.clipped}
+        if summed.reports:
+            record["train"] = dict(summed.reports)
 
 
 def broadcast_bytes(broadcast: Broadcast, head: bool) -> int:

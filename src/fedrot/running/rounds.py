@@ -23,13 +23,14 @@ from fedrot.running.checkpoint import Checkpoint
 from fedrot.running.client import travelling_parts
 from fedrot.running.clock import Clock, seconds_by_client
 from fedrot.running.draws import drawn_for
-from fedrot.running.engine import Engine, Failure, in_order
-from fedrot.running.privacy import reduction_of
+from fedrot.running.engine import Engine, Failure, Summed, in_order
+from fedrot.running.privacy import reduction_of, told
 from fedrot.running.recipe import Recipe
 from fedrot.running.records import (
     Seen,
     add_diagnostics,
     add_kept,
+    add_summed,
     broadcast_bytes,
     outcome_of,
     round_record,
@@ -76,7 +77,8 @@ class Collected:
     uploads: dict[str, Seen] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     bytes_up: int = 0
-    bytes_down: int = 0  # of a second phase
+    bytes_down: int = 0  # of a second phase, and of secure sums
+    summed: Summed | None = None  # with secure.aggregation: all that is known of the uploads
     seconds: dict[str, float] = field(default_factory=dict)
 
     def spend(self, phase: str, since: float) -> None:
@@ -89,14 +91,14 @@ def play(recipe: Recipe, engine: Engine, state: ServerState, store: Store, watch
 
     Raises `RunError` when a round leaves fewer usable uploads than the quorum; every finished round is in the store.
     """
-    spent: list[float] | None = None
+    spent: list[dict[str, Any]] | None = None
     if recipe.privacy.mode != "none":
-        spent = Accountant(recipe).by_round(engine.clients)
+        spent = Accountant(recipe).records(engine.clients, engine.held)
         recipe = replace(recipe, rounds=len(spent))
     while state.broadcast.round < recipe.rounds:
         state, record = play_round(recipe, engine, state, watcher)
         if spent is not None:
-            record["privacy"] = {"epsilon": spent[record["round"]], "delta": recipe.privacy.delta}
+            record["privacy"] = spent[record["round"]]
         store.save(record, Checkpoint(state, engine.states()))
         watcher.round_finished(record)
     return state
@@ -131,6 +133,7 @@ def play_round(
     down = broadcast_bytes(broadcast, shared_head) * len(drawn) + collected.bytes_down
     record = round_record(broadcast, drawn, collected.uploads, collected.dropped, down, collected.bytes_up)
     add_kept(record, collected.kept)
+    add_summed(record, collected.summed)
     if heard.late:
         record["clients"]["late"] = {client: heard.late[client] for client in collected.uploads}
     if measured(recipe.diagnostics, number):
@@ -170,7 +173,11 @@ def _heard(
     if drawn:
         _check_rule(recipe, broadcast.round, len(drawn), len(drawn))
     started(drawn)
-    uploads = in_order(engine.train(broadcast, drawn) if drawn else (), drawn)
+    uploads: Iterable[Upload | Failure | Summed]
+    if recipe.secure.aggregation:  # the sum of whole numbers is the same in any order
+        uploads = engine.train_summed(broadcast, drawn)
+    else:
+        uploads = in_order(engine.train(broadcast, drawn) if drawn else (), drawn)
     slowest = max((seconds.get(client, 0.0) for client in drawn), default=0.0)
     return Heard(drawn, uploads, replace(clock, now=clock.now + slowest))
 
@@ -239,11 +246,22 @@ def _second_phase(
     question = recipe.method.ask(state, reduced)
     clients = sorted(collected.uploads)
     answers = Reduction(question, frozenset({"a"}))
-    for result in in_order(engine.answer(question, clients), clients):
+    results: Iterable[Upload | Failure | Summed]
+    if recipe.secure.aggregation:
+        results = engine.answer_summed(question, clients)
+    else:
+        results = in_order(engine.answer(question, clients), clients)
+    for result in results:
+        if isinstance(result, Summed):
+            answers.add_mean(result.mean, result.weight, len(result.clients))
+            collected.bytes_up += result.up
+            collected.bytes_down += result.down
+            continue
         try:
             if isinstance(result, Failure):
                 raise RejectedUpload(result.reason)
-            check_upload(result, question, recipe.checks)
+            # What it says beside its tensors was checked in the first phase.
+            check_upload(Upload(result.client, result.adapter, held=0, used=0), question, recipe.checks, reports=False)
         except RejectedUpload as problem:
             reason = collected.dropped[result.client] = f"second phase: {problem}"
             del collected.uploads[result.client]
@@ -262,7 +280,7 @@ def _second_phase(
 def collect(
     recipe: Recipe,
     broadcast: Broadcast,
-    results: Iterable[Upload | Failure],
+    results: Iterable[Upload | Failure | Summed],
     asked: int,
     clients: int,
     watcher: Watcher,
@@ -273,7 +291,8 @@ def collect(
     parts = travelling_parts(recipe, broadcast.round)
     needs = recipe.method.capabilities
     # Only uploads that are the clients' factors say what averaging them loses.
-    watched = not (needs.personal or needs.second_phase or recipe.privacy.mode == "local")
+    hidden = recipe.privacy.mode == "local" or recipe.secure.aggregation
+    watched = not (needs.personal or needs.second_phase or hidden)
     collected = Collected(
         reduction_of(recipe, broadcast.adapter, parts, broadcast.round, clients),
         observer(recipe.diagnostics, broadcast.round, asked, seed_of(recipe.seed, broadcast.round))
@@ -283,11 +302,27 @@ def collect(
         Reduction(broadcast.adapter.map(torch.zeros_like), parts) if recipe.local.scaffold else None,
     )
     for result in results:
+        if isinstance(result, Summed):
+            _take_sum(result, collected, watcher)
+            continue
         reason = _take_in(recipe, broadcast.adapter, parts, result, collected)
         if reason is None and isinstance(result, Upload):
             collected.bytes_up += upload_bytes(result, parts, recipe.federation.compression)
         watcher.client_done(result.client, reason)
     return collected
+
+
+def _take_sum(summed: Summed, collected: Collected, watcher: Watcher) -> None:
+    """Fold in what is known of several clients together; of one of them nothing is."""
+    since = time.perf_counter()
+    collected.reduction.add_mean(summed.mean, summed.weight, len(summed.clients))
+    collected.spend("aggregate", since)
+    collected.summed = summed
+    collected.bytes_up += summed.up
+    collected.bytes_down += summed.down
+    for client in summed.clients:
+        collected.uploads[client] = Seen(summed.weight / len(summed.clients), 0, {}, {})
+        watcher.client_done(client, None)
 
 
 def _take_in(
@@ -299,8 +334,7 @@ def _take_in(
         return result.reason
     since = time.perf_counter()
     try:
-        reports = recipe.privacy.mode != "local"
-        check_upload(result, form, recipe.checks, variate=collected.variates is not None, reports=reports)
+        check_upload(result, form, recipe.checks, collected.variates is not None, *told(recipe))
     except RejectedUpload as problem:
         collected.dropped[result.client] = str(problem)
         return str(problem)

@@ -49,32 +49,40 @@ class FederationSettings:
 
 @dataclass(frozen=True)
 class PrivacySettings:
-    """Differential privacy of whole clients (docs/privacy.md). Needs the extra `privacy` for the accounting."""
+    """Differential privacy of whole clients, or of single examples (docs/privacy.md). Needs the extra `privacy` for the
+    accounting.
+    """
 
-    mode: Literal["none", "central", "local"] = "none"
+    mode: Literal["none", "central", "local", "example"] = "none"
     """central: the server clips each client's change and adds noise to their sum, so what it releases, the adapters,
     says little of any one client. The server itself is trusted: it sees uploads, and metrics.jsonl and the report are
     for its eyes. local: each client adds noise to its own change and sends nothing else, so nobody need be trusted;
-    far more noise reaches the mean, and there are no diagnostics and no training loss."""
+    far more noise reaches the mean, and there are no diagnostics and no training loss. example: every local step of a
+    client clips the gradient of each of its examples and adds noise to their sum (DP-SGD), so its factors say little of
+    any one example, to whoever sees them; local.batch is then the number of examples that a step draws on average."""
     clip: float | None = None
-    """C, the bound on the L2 norm of a client's change of factors and head together, after alignment."""
+    """C, the bound on the L2 norm of a client's change of factors and head together, after alignment; of an example's
+    gradient (example)."""
     noise: float | None = None
-    """z, the noise multiplier: the noise's standard deviation is z C, on the sum of all changes (central) or on each
-    client's own (local). 0: changes are clipped, and nothing is promised."""
+    """z, the noise multiplier: the noise's standard deviation is z C, on the sum of all changes (central), on each
+    client's own (local) or on the sum of a step's gradients (example). 0: nothing but clipping is done, and nothing is
+    promised."""
     delta: float | None = None
-    """The probability, about, with which epsilon may fail to hold: well below one over the number of clients."""
+    """The probability, about, with which epsilon may fail to hold: well below one over the number of clients, or of a
+    client's examples (example)."""
     budget: float | None = None
     """The run ends before the round that would bring epsilon above this; null: after the rounds that were asked for."""
     secure: bool = False
-    """true: noise, and who takes part, come from the operating system's generator; the run cannot be repeated. false:
-    from the recipe's seed, as everything in a simulation does; whoever has the recipe can take such noise off, so a
-    deployment must set it to true."""
+    """true: noise, and what takes part by chance, come from the operating system's generator; the run cannot be
+    repeated. false: from the recipe's seed, as everything in a simulation does; whoever has the recipe can take such
+    noise off, so a deployment must set it to true."""
 
 
 @dataclass(frozen=True)
 class SecureSettings:
     """Secure aggregation (docs/privacy.md): the server learns the sum of the clients' changes and none of them. Between
-    sites it needs the extra `flower`; a simulation sums the same numbers in the clear."""
+    sites it needs the extra `flower`; a simulation sums the same numbers in the clear.
+    """
 
     aggregation: bool = False
     """Whether it is used. There are then no diagnostics and no losses by client: nobody sees an upload."""

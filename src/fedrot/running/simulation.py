@@ -15,9 +15,10 @@ from fedrot.learning.local import LocalFailure, step_count
 from fedrot.learning.models import ResidentModel
 from fedrot.learning.tasks.answers import by_answers
 from fedrot.running.client import ClientData, Round, own_model, play_clients
-from fedrot.running.engine import Failure
+from fedrot.running.engine import Failure, Summed
 from fedrot.running.prepare import Prepared, problems
 from fedrot.running.recipe import Recipe
+from fedrot.running.secure import SecureSum, in_the_clear, total_weight
 from fedrot.running.workers import Item, Result, Workers
 
 EVERYONE = "everyone"  # the one client of centralised training
@@ -34,6 +35,7 @@ class Simulation:
         self._states: dict[str, ClientState] = {}
         self._pending: dict[str, ClientState] = {}  # of the round that runs, until its uploads are accepted
         self._asked: dict[str, Round] = {}  # likewise, where a second phase will ask for what was trained
+        self._round = 0
         data = ready.encoded["train"]
         self._data = {name: ClientData(name, data, indices) for name, indices in partition.indices["train"].items()}
         if recipe.method.capabilities.pooled:
@@ -47,6 +49,11 @@ class Simulation:
         """Every client's name, sorted."""
         return sorted(self._data)
 
+    @property
+    def held(self) -> Mapping[str, int]:
+        """Every client's number of training examples."""
+        return {name: len(client.indices) for name, client in self._data.items()}
+
     def begin(self, records: Sequence[Mapping[str, Any]]) -> None:
         """All clients are there."""
 
@@ -56,8 +63,15 @@ class Simulation:
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Upload | Failure]:
         """One round of local training."""
+        self._round = broadcast.round
         for _, made in self.rounds(broadcast, clients):
             yield made.upload if isinstance(made, Round) else made
+
+    def train_summed(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Summed | Failure]:
+        """The same, of which the sum alone is seen."""
+        held = {name: len(self._data[name].indices) for name in clients}
+        of = SecureSum.of_uploads(self._recipe, broadcast, total_weight(self._recipe, held.values()))
+        return in_the_clear(self.train(broadcast, clients), of, held)
 
     def rounds(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[tuple[str, Round | Failure]]:
         """What each client makes of a round, as many at once as a stack has."""
@@ -85,6 +99,12 @@ class Simulation:
         for name in clients:
             made = self._asked[name]
             yield replace(made.upload, adapter=self._recipe.method.answer(made.trained, question), rotation={})
+
+    def answer_summed(self, question: Adapter, clients: Sequence[str]) -> Iterator[Summed | Failure]:
+        """The same, of which the sum alone is seen."""
+        held = {name: len(self._data[name].indices) for name in clients}
+        of = SecureSum.of_answers(self._recipe, self._round, question, total_weight(self._recipe, held.values()))
+        return in_the_clear(self.answer(question, clients), of, held)
 
     def settle(self, accepted: Collection[str]) -> None:
         """Keep what the accepted clients would keep; a client that was dropped stays as it was."""

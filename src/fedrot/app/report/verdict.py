@@ -21,6 +21,8 @@ def verdict(run: RunData) -> str:
     measured = [record for record in run.metrics if "aggregation" in record]
     if run.recipe.privacy.mode == "local":
         return "What averaging lost is not available: with privacy.mode local clients report nothing to measure it by."
+    if run.recipe.secure.aggregation:
+        return "What averaging lost is not available: with secure.aggregation nobody sees the uploads."
     if not measured:
         return "Nothing is said about aggregation: diagnostics were off (diagnostics.every)."
     late = measured[len(measured) // 2 :]

@@ -48,6 +48,8 @@ class Capabilities:
     """The next broadcast is in the frame of this one, so that what a client keeps of its factors keeps its meaning."""
     reports_turn: bool = True
     """What a client did to its factors after training is known from the rotation that it reports."""
+    alternates: bool = False
+    """The parts that clients train change from round to round."""
     standalone: bool = True
     """Makes sense on adapters alone, without a training round: offered by `fedrot.aggregate`."""
     control: bool = False
@@ -77,6 +79,19 @@ class Capabilities:
     def private(self) -> bool:
         """All that the server learns of a client is its term of a sum, which a clip and noise can bound."""
         return self.reduction == "sum" and not (self.second_phase or self.personal or self.pooled)
+
+    @property
+    def summed(self) -> bool:
+        """The sums of what clients upload and answer are all that the server needs (secure.aggregation)."""
+        return self.reduction == "sum" and not self.pooled
+
+    @property
+    def buffered(self) -> bool:
+        """An upload is a change of the broadcast's factors that can be added to a later broadcast: of the same parts in
+        every round, in a frame that stays, and all that the server needs. A control's frames must stay as they are.
+        """
+        other = self.second_phase or self.personal or self.pooled or self.changes_base or self.control
+        return self.reduction == "sum" and self.keeps_frame and not (other or self.alternates)
 
     def takes(self) -> list[str]:
         """What can be combined with it, in short words."""
@@ -144,6 +159,7 @@ class Upload:
     layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # layer -> drift, angle, ...
     seconds: Mapping[str, float] = field(default_factory=dict)  # phase -> time spent at the client
     variate: Adapter | None = None  # SCAFFOLD: the change of the client's control variate
+    unturned: Adapter | None = None  # of a late upload (`late.py`), `adapter` as it would be without the rotation
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class RoLoRA(Method):
 
     name: ClassVar[str] = "rolora"
     paper: ClassVar[str] = "arXiv 2409.02346"
-    capabilities: ClassVar[Capabilities] = Capabilities(reduction="sum", standalone=False)
+    capabilities: ClassVar[Capabilities] = Capabilities(reduction="sum", alternates=True, standalone=False)
 
     def trainable(self, round: int) -> frozenset[str]:
         """One factor and the head."""

@@ -87,11 +87,11 @@ class Secrets:
         """The private key of the masks as a number."""
         return self.masking.private_numbers().private_value.to_bytes(_SCALAR, "big")
 
-    def seal(self, shares: tuple[bytes, bytes], places: tuple[int, int], other: Public) -> bytes:  # (SEALED,)
-        """The shares of seed and key for another client, encrypted; `places` are of this one and of the other."""
-        return encrypt(generate_shared_key(self.sealing, _point(other.sealing)), _together(shares, places))
+    def seal(self, shares: tuple[bytes, bytes], marks: tuple[int, int], other: Public) -> bytes:  # (SEALED,)
+        """The shares of seed and key for another client, encrypted; `marks` are this one's and the other's."""
+        return encrypt(generate_shared_key(self.sealing, _point(other.sealing)), _together(shares, marks))
 
-    def unseal(self, sealed: bytes, places: tuple[int, int], other: Public) -> tuple[bytes, bytes]:
+    def unseal(self, sealed: bytes, marks: tuple[int, int], other: Public) -> tuple[bytes, bytes]:
         """The shares that another client encrypted. Raises `MessageError` where they are not from it, not for this one,
         or no shares.
         """
@@ -102,7 +102,7 @@ class Secrets:
         if len(plain) != 20 + SEED_SHARE + KEY_SHARE:
             raise MessageError(f"its shares have {len(plain)} bytes")
         sender, receiver, *shares = share_keys_plaintext_separate(plain)
-        if (sender, receiver) != places or len(shares[0]) != SEED_SHARE:
+        if (sender, receiver) != marks or len(shares[0]) != SEED_SHARE:
             raise MessageError("its shares are of others")
         return shares[0], shares[1]
 
@@ -153,8 +153,8 @@ def joined(shares: Sequence[bytes], threshold: int, fits: Callable[[bytes], bool
     return None
 
 
-def _together(shares: tuple[bytes, bytes], places: tuple[int, int]) -> bytes:
-    return share_keys_plaintext_concat(*places, *shares)
+def _together(shares: tuple[bytes, bytes], marks: tuple[int, int]) -> bytes:
+    return share_keys_plaintext_concat(*marks, *shares)
 
 
 def _hash(seed: bytes) -> bytes:

@@ -6,23 +6,20 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fedrot.running.network.secure.crypto import Public
-from fedrot.running.recipe import Recipe
-from fedrot.running.secure import share_of
+from fedrot.running.secure import SecureSum, share_of
 
 
 @dataclass(frozen=True)
 class Graph:
     """The clients of a sum and their neighbours. All sides derive the same from what everybody announced."""
 
-    recipe: Recipe
-    round: int
-    phase: str
+    of: SecureSum
     publics: Mapping[str, Public]
 
     @cached_property
     def session(self) -> str:
         """A hash that names this sum among all others: its keys are of it alone."""
-        found = hashlib.blake2b(f"{self.round} {self.phase}".encode(), digest_size=16)
+        found = hashlib.blake2b(f"{self.of.round} {self.of.phase} {self.of.total}".encode(), digest_size=16)
         for client in self.clients:
             name = client.encode()
             found.update(len(name).to_bytes(8, "big") + name + self.publics[client].packed())
@@ -33,9 +30,9 @@ class Graph:
         """All clients, sorted."""
         return tuple(sorted(self.publics))
 
-    def place(self, client: str) -> int:
-        """A client's place among all."""
-        return self.clients.index(client)
+    def mark(self, client: str) -> int:
+        """What stands for a client beside encrypted shares: shares are of no use to one who was told of another sum."""
+        return int.from_bytes(hashlib.blake2b(f"{self.session} {client}".encode(), digest_size=8).digest(), "big")
 
     def group(self, client: str) -> tuple[str, ...]:
         """The client and its neighbours, sorted: who hold shares of its secrets, in the order of the shares."""
@@ -46,7 +43,7 @@ class Graph:
 
     def threshold(self) -> int:
         """How many of a group must join their shares."""
-        return share_of(self.recipe, len(self.clients) if self._reach is None else 2 * self._reach + 1)
+        return share_of(self.of.recipe, len(self.clients) if self._reach is None else 2 * self._reach + 1)
 
     def holds(self, clients: Collection[str]) -> bool:
         """Whether the masks that these clients have in common tie all of them together: otherwise the server would
@@ -69,7 +66,7 @@ class Graph:
     @cached_property
     def _reach(self) -> int | None:
         """Neighbours on each side of the ring; None: all are neighbours."""
-        near = self.recipe.secure.neighbours
+        near = self.of.recipe.secure.neighbours
         return None if near is None or near + 1 >= len(self.publics) else near // 2
 
     @cached_property

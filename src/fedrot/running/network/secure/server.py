@@ -75,7 +75,7 @@ class _Server:
                 del publics[client]
                 self._lose(client, "ready", MessageError("it announced a key that another one has"))
         check_enough(self.of.recipe, len(publics), len(publics), self.drawn)
-        return Graph(self.of.recipe, self.of.round, self.of.phase, publics)
+        return Graph(self.of, publics)
 
     def _shared(self, graph: Graph) -> dict[str, dict[str, bytes]]:
         """The encrypted shares, by whom they are from and for."""

@@ -81,17 +81,17 @@ class Participant:
         publics = stages.read_share_request(request)
         if publics.get(self._name) != self._secrets.public():
             raise MessageError(f"the request does not hold what {self._name} announced")
-        graph = Graph(self._of.recipe, self._of.round, self._of.phase, publics)
+        graph = Graph(self._of, publics)
         check_enough(self._of.recipe, len(publics), len(publics), len(publics))
         group, threshold = graph.group(self._name), graph.threshold()
         seeds = split(self._secrets.seed, threshold, len(group))
         keys = split(self._secrets.scalar(), threshold, len(group))
         shares = dict(zip(group, zip(seeds, keys, strict=True), strict=True))
         self._graph, self._shares = graph, {self._name: shares[self._name]}
-        places = {other: (graph.place(self._name), graph.place(other)) for other in group}
+        marks = {other: (graph.mark(self._name), graph.mark(other)) for other in group}
         return stages.shares_reply(
             graph,
-            [self._secrets.seal(shares[o], places[o], publics[o]) for o in group if o != self._name],
+            [self._secrets.seal(shares[o], marks[o], publics[o]) for o in group if o != self._name],
         )
 
     def _masked(self, request: Message) -> Message:
@@ -114,8 +114,8 @@ class Participant:
     def _take_shares(self, graph: Graph, sender: str, sealed: bytes) -> None:
         """Keep a neighbour's shares. What is none is left out, with a line of the log: others hold shares of it too."""
         try:
-            places = graph.place(sender), graph.place(self._name)
-            shares = self._secrets.unseal(sealed, places, graph.publics[sender])
+            marks = graph.mark(sender), graph.mark(self._name)
+            shares = self._secrets.unseal(sealed, marks, graph.publics[sender])
             mine = graph.group(sender).index(self._name) + 1
             lengths = (len(shares[0]), len(shares[1])) == (SEED_SHARE, KEY_SHARE)
             if not lengths or {numbered(share) for share in shares} != {mine}:

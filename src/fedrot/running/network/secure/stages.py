@@ -28,7 +28,7 @@ def read_opening(reply: Message, round: int, phase: str) -> Public:
 def share_request(graph: Graph) -> Message:
     """To every client: what all announced."""
     payload = [_row(graph.publics[client].packed()) for client in graph.clients]
-    return Message.of(payload, kind="share", round=graph.round, phase=graph.phase, clients=list(graph.clients))
+    return Message.of(payload, kind="share", round=graph.of.round, phase=graph.of.phase, clients=list(graph.clients))
 
 
 def read_share_request(request: Message) -> dict[str, Public]:
@@ -59,7 +59,7 @@ def masked_request(graph: Graph, sealed: Mapping[str, bytes]) -> Message:
     """To a client: its neighbours' shares for it."""
     senders = sorted(sealed)
     payload = [_row(sealed[sender]) for sender in senders]
-    return Message.of(payload, kind="masked", round=graph.round, session=graph.session, senders=senders)
+    return Message.of(payload, kind="masked", round=graph.of.round, session=graph.session, senders=senders)
 
 
 def read_masked_request(request: Message, neighbours: Collection[str]) -> dict[str, bytes]:
@@ -85,7 +85,7 @@ def read_vector(reply: Message, graph: Graph, size: int) -> Tensor:  # (size,) u
 def unmask_request(graph: Graph, summed: Collection[str], lost: Collection[str]) -> Message:
     """To every client that is left: whose numbers are in the sum, and whose masks were left in those of others."""
     lists = {"summed": sorted(summed), "lost": sorted(lost)}
-    return Message.of((), kind="unmask", round=graph.round, session=graph.session, **lists)
+    return Message.of((), kind="unmask", round=graph.of.round, session=graph.session, **lists)
 
 
 def reveal_reply(graph: Graph, seeds: Mapping[str, bytes], keys: Mapping[str, bytes]) -> Message:
