@@ -74,13 +74,14 @@ def load_base(path: str, settings: ModelSettings, labels: Sequence[str]) -> tupl
     }
     auto: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=settings.revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=settings.revision, trust_remote_code=False)
         base, loaded = auto.from_pretrained(
             path,
             revision=settings.revision,
             dtype=getattr(torch, settings.dtype),
             output_loading_info=True,
-            use_safetensors=True,  # nothing is unpickled
+            use_safetensors=True,  # nothing is unpickled, and no code of the model's own is run
+            trust_remote_code=False,
             **(names if labels else {}),
             **_quantised(settings),
         )

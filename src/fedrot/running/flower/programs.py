@@ -22,28 +22,23 @@ _LONGEST_PAUSE = 10.0
 
 
 @contextmanager
-def superlink(folder: Path, host: str, port: int, tls: Path | None, keys: Mapping[str, bytes]) -> Iterator[Link]:
-    """A SuperLink whose state is in `folder`, for as long as this lasts. `tls` holds the server's files; None: plain
-    HTTP, which Flower allows on this machine alone. Raises `RunError` where the address cannot be used.
+def superlink(folder: Path, host: str, port: int, tls: Path, keys: Mapping[str, bytes]) -> Iterator[Link]:
+    """A SuperLink whose state is in `folder`, for as long as this lasts; `tls` holds the server's files. Raises
+    `RunError` where the address cannot be used.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_free(host, port)
     secret = _secret(folder / "secret")
     words = ["--host", host, "--port", str(port), "--database", str(folder / "state.db"), "--isolation", "process"]
     words += ["--superexec-auth-secret-file", str(folder / "secret"), "--disable-runtime-dependency-installation"]
-    certificate = None
-    if tls is None:
-        words += ["--insecure"]
-    else:
-        words += ["--ssl-ca-certfile", str(tls / AUTHORITY), "--ssl-certfile", str(tls / CERTIFICATE)]
-        words += ["--ssl-keyfile", str(tls / KEY), "--enable-supernode-auth"]
-        certificate = (tls / AUTHORITY).read_bytes()
+    words += ["--ssl-ca-certfile", str(tls / AUTHORITY), "--ssl-certfile", str(tls / CERTIFICATE)]
+    words += ["--ssl-keyfile", str(tls / KEY), "--enable-supernode-auth"]
     program = Program(
         "the SuperLink", command("flower-superlink", *words), folder / "superlink.log", environment(folder), frozenset()
     )
     here = reachable(host)
     with Keeper(program, _listens(program, here, port), _LINK_PAUSE, None, _LONGEST_PAUSE):
-        yield Link(f"{here}:{port}", certificate, secret, keys)
+        yield Link(f"{here}:{port}", (tls / AUTHORITY).read_bytes(), secret, keys)
 
 
 @contextmanager
