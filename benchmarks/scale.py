@@ -21,7 +21,7 @@ def measure(data: str | None, clients: int, steps: int, rank: int) -> dict[str, 
     # Many steps of one client would diverge at the usual rate; time and memory do not depend on it.
     ready = prepare(make_recipe(data, clients, steps, rank=rank, batch=BATCH, lr=1e-4))
     engine, state = Simulation(ready), ready.recipe.method.start(ready.model.read())
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: loading took more
     began = time.process_time()
     _, record = play_round(ready.recipe, engine, state, Quiet())
@@ -30,12 +30,12 @@ def measure(data: str | None, clients: int, steps: int, rank: int) -> dict[str, 
         "train": record["seconds"]["train"],
         "tokens": record["train"]["tokens"],
         "before": before,
-        "memory": _memory("VmHWM"),
+        "memory": memory("VmHWM"),
         "stack": ready.recipe.compute.stack,
     }
 
 
-def _memory(what: str) -> float:
+def memory(what: str) -> float:
     """VmRSS, what is resident now, or VmHWM, its peak, in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024

@@ -106,6 +106,7 @@ def test_without_diagnostics_the_verdict_says_so(recipe: Recipe) -> None:
     bare = record(0)
     del bare["aggregation"], bare["drift"]
     assert "diagnostics were off" in verdict(data(recipe, [bare]))
+    assert "could not be computed: no convergence." in verdict(data(recipe, [{**bare, "unmeasured": "no convergence"}]))
 
 
 def test_every_figure_draws_its_numbers(recipe: Recipe) -> None:

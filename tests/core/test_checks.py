@@ -122,12 +122,20 @@ def test_a_change_above_the_norm_bound_is_rejected_and_one_at_it_passes():
         check_upload(upload(GOOD), FORM, CheckSettings(max_norm=norm * (1 - 1e-6)))
 
 
-def test_the_norm_bound_counts_the_head_and_cannot_overflow():
-    far = with_tensor("head/classifier.bias", torch.full((3,), 3e38))
+def test_the_norm_bound_counts_the_head():
+    far = with_tensor("head/classifier.bias", torch.full((3,), 1e15))
     with refused("max_norm", error=RejectedUpload):
         check_upload(upload(far), FORM, CheckSettings(max_norm=1e6))
-    check_upload(upload(far), FORM, CheckSettings(max_norm=1e39))  # 5.2e38: its square is beyond float32
-    check_upload(upload(far), FORM, OPEN)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_values_whose_products_could_overflow_are_rejected_with_the_layer(sign):
+    a = GOOD.layers["enc.0.out"].a.clone()
+    a[0, 0] = sign * (2.0**53 - 2.0**30)
+    check_upload(upload(with_tensor("layers/enc.0.out/a", a)), FORM, OPEN)
+    a[0, 0] = sign * 2.0**53
+    with refused("upload: layers/enc.0.out/a", "of size 9.01e+15", "overflow", error=RejectedUpload):
+        check_upload(upload(with_tensor("layers/enc.0.out/a", a)), FORM, OPEN)
 
 
 @pytest.mark.parametrize("which", ["held", "used"])

@@ -1,6 +1,7 @@
 """The aggregation error of a round against dense matrices, and that it measures what it should."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -239,7 +240,7 @@ def test_every_nth_round_is_measured(every, measured):
 
 def test_few_uploads_are_measured_exactly_and_many_by_a_sketch():
     settings = DiagnosticsSettings(exact_clients=3)
-    kinds = [type(observer(settings, 0, uploads, 0)) for uploads in (1, 3, 4, 100)]
+    kinds = [type(observer(settings, 0, uploads, 0).observer) for uploads in (1, 3, 4, 100)]
     assert kinds == [ExactErrors, ExactErrors, SketchObserver, SketchObserver]
 
 
@@ -249,6 +250,23 @@ def test_the_best_rotation_is_searched_only_on_request():
         for i in range(2):
             found.add(upload(make_adapter(i)), 1.0)
         assert ("rho" in found.result().totals()) == rho
+
+
+@pytest.mark.parametrize("exact_clients", [0, 9])
+def test_errors_that_are_not_finite_or_cannot_be_computed_are_none_with_the_reason(exact_clients: int):
+    settings = DiagnosticsSettings(exact_clients=exact_clients)
+    good, nan = make_adapter(0), make_adapter(1).map(lambda t: torch.full_like(t, math.nan))
+    for adapter, sent, words in (
+        (nan, good, "not finite|LinAlgError|RuntimeError"),
+        (good, nan, "not finite|LinAlgError|RuntimeError"),
+        (good, Adapter({}), "KeyError"),
+    ):
+        found = observer(settings, 0, 2, 0)
+        found.add(upload(adapter), 1.0)
+        assert found.result((sent,)) is None
+        assert re.search(words, found.problem), found.problem
+    found.add(upload(good), 1.0)  # nothing more is tried
+    assert found.result() is None
 
 
 @quick

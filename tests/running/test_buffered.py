@@ -151,6 +151,13 @@ def test_what_is_averaged_is_measured(tiny_values: dict[str, Any], tmp_path: Pat
         assert (found["before"] == found["after"]) == (record["round"] == 0)
 
 
+def test_a_late_upload_is_measured_though_its_own_round_was_not(tiny_values: dict[str, Any]) -> None:
+    one, two = (begin(tiny_values, *SLOW, f"--diagnostics.every={n}").play(4).records[3] for n in (1, 3))
+    assert set(one["clients"]["late"].values()) == {0, 1}
+    assert one["aggregation"]["before"] != one["aggregation"]["after"]
+    assert two["aggregation"] == one["aggregation"]
+
+
 def test_no_more_clients_train_at_once_than_asked_and_all_get_their_turn(make: Any) -> None:
     recipe = make("--federation.buffer=2", "--federation.concurrency=3", "--rounds=1", speeds={})
     sizes = {f"client-{i}": 5 for i in range(8)}

@@ -56,7 +56,7 @@ def test_bytes_are_those_of_the_payloads(name: str, tiny_values: dict[str, Any])
         parts, form = travelling_parts(tiny.recipe, number), tiny.adapter
         layout = Layout.of(form, parts)
         turned = [u for u in tiny.engine.uploads[3 * number : 3 * number + 3] if u.rotation]
-        rotations = sum(r.numel() * r.element_size() for u in turned for r in u.rotation.values())
+        rotations = sum(4 * r.numel() for u in turned for r in u.rotation.values())
         sides = len(parts & {"a", "b"})
         scales = sum(sides * pair.rank for pair in form.layers.values())
         scales += sum(len(t) if t.ndim > 1 else 1 for t in form.head.values()) if "head" in parts else 0

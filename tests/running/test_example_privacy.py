@@ -99,6 +99,18 @@ def test_what_rounds_cost_is_not_said_before_all_clients_are_known(tiny_values: 
     assert Accountant(parse_recipe(tiny_values, private(0))).by_round(list(HELD), HELD) == [math.inf] * 3
 
 
+def test_the_table_of_the_documentation_is_what_the_accounting_says(tiny_values: dict[str, Any]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text()
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| z = ")]
+    assert len(rows) == 5
+    for noise, *cells in rows:
+        z = float(noise.replace("z =", ""))
+        recipe = parse_recipe(tiny_values, private(z, "--local.steps", "20", "--rounds", "8", delta=1e-5))
+        for cell, (batch, held) in zip(cells, [(16, 5000), (64, 5000), (16, 1000), (64, 1000), (16, 200)], strict=True):
+            accountant = Accountant(replace(recipe, local=replace(recipe.local, batch=batch)))
+            assert float(cell) == round(accountant.by_round(["c"], {"c": held})[-1], 2)
+
+
 # What leaves a client.
 
 
@@ -156,6 +168,7 @@ WITH = [
     ("--local.scaffold", "true", "--local.prox", "0.1"),
     ("--lora.head", "personal", "--federation.compression", "int8"),
     ("--robust.rule", "median", "--server.optimizer", "adam"),
+    ("--secure.aggregation", "true"),
 ]
 
 

@@ -1,5 +1,6 @@
 """Flower carries a run's messages: rounds over its grid are those of the simulation; nodes come, go and break."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,31 @@ def test_a_message_is_one_array_of_about_the_tensors_size(made: Made) -> None:
     tiny, grid, engine = made
     engine.join()
     tiny.play(1)
-    sent = next(message for message in grid.sent if message.metadata.message_type == "train")
-    (record,) = sent.content.array_records.values()
-    (array,) = record.values()
-    assert array.shape == (tiny.adapter.bytes(),)
-    assert len(array.data) == tiny.adapter.bytes()
+    sent = [message for message in grid.sent if message.metadata.message_type == "train"]
+    arrays = [array for message in sent for record in message.content.array_records.values() for array in record.values()]
+    assert {array.shape for array in arrays} == {(tiny.adapter.bytes(),)}
+    assert {len(array.data) for array in arrays} == {tiny.adapter.bytes()}
+    # A broadcast is held, hashed and sent to the SuperLink once, however many clients there are.
+    assert len(sent) == len(arrays) == 3
+    assert len({id(array) for array in arrays}) == 1
+
+
+def test_no_more_replies_are_held_than_were_said(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny, grid, engine = made
+    engine.join()
+    pulled: list[int] = []
+    pull = grid.pull_messages
+
+    def noted(numbers: Iterable[str]) -> Iterable[Message]:
+        found = list(pull(numbers))  # type: ignore[call-overload]
+        pulled.append(len(found))
+        return found
+
+    monkeypatch.setattr(grid, "pull_messages", noted)
+    monkeypatch.setattr("fedrot.running.flower.post._TAKEN", 2 * tiny.adapter.bytes())
+    tiny.play(1)
+    assert pulled == [2, 1] * 2  # train and evaluate
+    assert tiny.records[0]["clients"]["used"] == ["books", "films", "music"]
 
 
 def test_who_has_no_registered_key_takes_no_part(made: Made) -> None:

@@ -222,10 +222,14 @@ def test_a_run_without_any_usable_reply_says_so() -> None:
 
 
 def test_numbers_that_would_overflow_leave_the_arrays_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
-    def huge(round: int, sent: State) -> RecordDict:
-        return content({k: torch.full_like(t, 3e38) for k, t in sent.items()}) if round == 2 else HONEST[0](round, sent)
+    """The largest numbers of float16, whose products are none."""
 
-    result, grid = play(FedRotStrategy("flexlora", **QUIET), *HONEST, huge)
+    def huge(round: int, sent: State) -> RecordDict:
+        return content({k: torch.full_like(t, 6e4) for k, t in sent.items()} if round == 2 else sent)
+
+    half = ArrayRecord({key: t.half() for key, t in state(7).items()})
+    grid = LocalGrid({"one": app(lambda round, sent: content(sent)), "two": app(huge)})
+    result = FedRotStrategy("flexlora", **QUIET).start(grid, half, 2)
     assert torch.equal(arrays(result)[QA], dict(grid.sent[-1].content["arrays"].to_torch_state_dict())[QA])
     assert "with it the average is not finite" in caplog.text
 

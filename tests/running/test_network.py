@@ -11,6 +11,7 @@ from fedrot.core.methods import methods
 from fedrot.running.client import keeps_state
 
 PRIVATE = ("--privacy.clip=1", "--privacy.noise=0.1", "--privacy.delta=0.1", "--federation.weighting=uniform")
+UNSCORED = ("--evaluation.every=0", "--evaluation.final=null")
 OVER_A_NETWORK = sorted(name for name, method in methods().items() if not method.capabilities.pooled)
 
 
@@ -51,7 +52,7 @@ def test_every_method_gives_the_adapter_of_the_simulation(
         ("--federation.compression", "int8"),
         ("--federation.compression", "bf16", "--federation.feedback", "false"),
         ("--diagnostics.every", "0"),
-        ("--privacy.mode", "local", *PRIVATE),
+        ("--privacy.mode", "local", *PRIVATE, *UNSCORED),
         ("--privacy.mode", "central", *PRIVATE),
         ("--robust.rule", "norm", "--federation.compression", "int8"),
     ],

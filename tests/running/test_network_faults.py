@@ -64,6 +64,7 @@ def test_without_a_fault_all_uploads_are_used(known: Known) -> None:
         (says(held=61), "it says 61 examples are held, the site said 60 on joining"),
         (says(held=0), "it says 0 examples"),
         (says(used=0), "examples used must be a positive whole number, got 0"),
+        (says(used=25), "it says 25 rows were used, a round of 60 examples has 24"),
         (says(used="24"), "used must be of type int"),
         (says(used=None), "used must be of type int"),
         (says(turned=1), "turned must be of type bool"),
@@ -97,7 +98,8 @@ def test_without_a_fault_all_uploads_are_used(known: Known) -> None:
         (payload(lambda old: torch.cat([old, old])), "are expected"),
         (number(0, float("nan")), "values that are not finite"),
         (number(7, float("-inf")), "values that are not finite"),
-        (number(7, 3e38), "above checks.max_norm"),
+        (number(7, 1e9), "above checks.max_norm"),
+        (number(7, 3e38), "products overflow"),
         (number(-1, float("nan")), "not orthogonal"),
         (number(-1, 2.0), "not orthogonal"),
         # No message at all.
@@ -127,7 +129,7 @@ def test_rotations_of_another_determinant(known: Known) -> None:
 def test_huge_values_without_a_bound_do_not_end_the_run(known: Known) -> None:
     """They are finite, so they count: what a hostile client may do is checks.max_norm's and robust.rule's to say."""
     recipe = known.tiny.recipe
-    known.post.faults = {("music", "train"): lambda request, reply: number(7, 3e38)(reply)}
+    known.post.faults = {("music", "train"): lambda request, reply: number(7, 1e15)(reply)}
     state, record = play_round(
         replace(recipe, checks=replace(recipe.checks, max_norm=None)), known.engine, known.tiny.state, Silent()
     )

@@ -76,6 +76,14 @@ COMBINATIONS: dict[str, tuple[dict[str, dict[str, Any]], set[str], str]] = {
         {"fedit", "ffa", "rolora", "fedrot", *(n for n in CONTROLS if METHODS[n].capabilities.variates)},
         "control variates",
     ),
+    "secure.aggregation": (
+        {"secure": {"aggregation": True}},
+        {
+            "fedit", "ffa", "rolora", "fedsa", "fedrot", "fedask", "local",
+            "random_rotation", "rescale", "stale_reference", "as_published",
+        },
+        "more of its clients than the sum",
+    ),
     "checks.max_norm": ({"checks": {"max_norm": 9.0}}, set(METHODS) - {"fedask"}, "sketches"),
     "model.dtype": (HALF, set(METHODS) - {"fedex", "flora"}, "bfloat16 would round away"),
 }  # fmt: skip

@@ -161,7 +161,7 @@ def test_rotations_travel_beside_the_factors_that_they_turned(
     tiny_values: dict[str, Any], part: dict[str, int]
 ) -> None:
     whole = part[""]
-    rotations = 4 * 2 * 2 * 8  # four layers, float64
+    rotations = 4 * 2 * 2 * 4  # four layers, float32
     assert [up for _, up in traffic(tiny_values, "fedrot", 3)] == [whole, whole + rotations, whole + rotations]
     assert [up for _, up in traffic(tiny_values, "fedrot", 2, "--method.strength", "0")] == [whole, whole]
 

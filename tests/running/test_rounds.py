@@ -99,6 +99,7 @@ def test_the_order_of_arrival_changes_no_bit(make: Any, order: tuple[str, ...]) 
     [
         (poisoned(float("nan")), "not finite"),
         (poisoned(float("inf")), "not finite"),
+        (poisoned(-3e38), "layers/x/a holds a value of size 3e+38"),
         (cut, "shape"),
         (lambda u: replace(u, adapter=replace(u.adapter, head={})), "missing"),
         (lambda u: replace(u, held=0), "positive whole number"),
@@ -132,6 +133,59 @@ def test_a_bound_on_the_norm_drops_a_huge_upload(make: Any) -> None:
     state, seen = run(recipe, engine)
     assert "checks.max_norm" in seen.dropped["a"]
     assert float(state.broadcast.adapter.layers["x"].a.abs().max()) < 50
+
+
+@pytest.mark.parametrize("exact_clients", ["32", "0"])
+@pytest.mark.parametrize(
+    "method", ["fedit", "fedrot", "flexlora", "flexlora_regauge", "fedrot_svd", "lora_fair", "fedex"]
+)
+def test_the_largest_upload_that_is_let_in_leaves_a_finite_state(make: Any, method: str, exact_clients: str) -> None:
+    recipe = make("--rounds", "1", "--diagnostics.exact_clients", exact_clients, method=method)
+    engine = FakeEngine(recipe.method, SIZES)
+    most = 2.0**53 - 2.0**30
+    engine.faults["a"] = lambda u: replace(u, adapter=u.adapter.map(lambda t: torch.full_like(t, most)), rotation={})
+    state, seen = run(recipe, engine)
+    assert all(bool(torch.isfinite(t).all()) for _, t in state.broadcast.adapter.tensors())
+    assert float(state.broadcast.adapter.layers["x"].b.abs().max()) > 1e12  # it was let in
+    assert all("aggregation" in record and "unmeasured" not in record for record in seen.records)
+
+
+def test_a_state_that_is_not_finite_is_none(make: Any) -> None:
+    recipe = make("--server.optimizer", "momentum", "--server.lr", "1e39")
+    seen = Silent()
+    with pytest.raises(RunError, match=r"round 0: adapter/\S+ is not finite .* the last good state is kept"):
+        play(recipe, FakeEngine(recipe.method, SIZES), recipe.method.start(first_adapter()), seen, seen)
+    assert seen.records == []
+
+
+def test_what_cannot_be_measured_ends_no_run(
+    make: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = make("--rounds", "2")
+    expected, _ = run(recipe, FakeEngine(recipe.method, SIZES))
+
+    def breaks(*_: object) -> None:
+        raise RuntimeError("no convergence\nin 9 steps")
+
+    monkeypatch.setattr("fedrot.core.diagnostics.exact_errors", breaks)
+    state, seen = run(recipe, FakeEngine(recipe.method, SIZES))
+    assert equal(state.broadcast.adapter, expected.broadcast.adapter)
+    assert [r["unmeasured"] for r in seen.records] == ["RuntimeError: no convergence"] * 2
+    assert not any("aggregation" in r for r in seen.records)
+    assert "round 1: diagnostics are left out: RuntimeError" in caplog.text
+
+
+def test_drift_that_is_not_finite_is_left_out(make: Any) -> None:
+    """Every number that a client reports is finite here; their ratio is none."""
+    recipe = make("--rounds", "1")
+    engine = FakeEngine(recipe.method, SIZES)
+    engine.faults["a"] = lambda u: replace(
+        u, layers={n: {**drift, "gauge2": 1e15, "move2": 5e-324} for n, drift in u.layers.items()}
+    )
+    _, seen = run(recipe, engine)
+    assert "drift" not in seen.records[0]
+    assert "drift is not finite" in seen.records[0]["unmeasured"]
+    assert "aggregation" in seen.records[0]
 
 
 def test_too_few_uploads_stop_the_run_and_keep_what_was_done(make: Any) -> None:
@@ -177,7 +231,7 @@ def test_bytes_and_errors_are_counted(make: Any) -> None:
     _, seen = run(recipe, engine)
     size = sum(t.numel() * 4 for _, t in first_adapter().tensors())
     assert seen.records[0]["bytes"] == {"down": 4 * size, "up": 4 * size}
-    rotations = 2 * 2 * 2 * 8  # two layers of a 2 x 2 float64 rotation
+    rotations = 2 * 2 * 2 * 4  # two layers of a 2 x 2 rotation, float32
     assert seen.records[1]["bytes"]["up"] == 4 * (size + rotations)
     assert seen.records[0]["aggregation"]["before"] == seen.records[0]["aggregation"]["after"]
     assert seen.records[1]["aggregation"]["before"] != seen.records[1]["aggregation"]["after"]

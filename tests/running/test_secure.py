@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from local_grid import LocalGrid, key_of
 from network_sites import ONE_BY_ONE, LocalPost, deployed, divide_files
-from tiny_runs import Tiny, assert_equal, assert_near, begin, cut_and_resumed, flat
+from tiny_runs import assert_equal, assert_near, begin, cut_and_resumed, flat
 
 from fedrot.app.progress import round_line
 from fedrot.app.report.load import RunData
@@ -15,12 +16,15 @@ from fedrot.app.report.verdict import verdict
 from fedrot.core.errors import RecipeError, RunError
 from fedrot.core.methods import methods
 from fedrot.running.engine import Failure
+from fedrot.running.flower import GridPost
+from fedrot.running.flower.seat import client_app
 from fedrot.running.network import secure
 from fedrot.running.network.messages import Message
 from fedrot.running.network.site import Here, Site
 from fedrot.running.recipe_file import parse_recipe
 from fedrot.running.secure import most_weight
 
+QUICK = (*ONE_BY_ONE, "--evaluation.every", "9")
 SECURE = ("--secure.aggregation", "true")
 PRIVATE = ("--privacy.clip=1", "--privacy.noise=0.1", "--privacy.delta=0.1", "--federation.weighting=uniform")
 
@@ -29,11 +33,11 @@ PRIVATE = ("--privacy.clip=1", "--privacy.noise=0.1", "--privacy.delta=0.1", "--
 def test_the_sum_is_the_mean_of_the_uploads_wherever_the_clients_are(
     method: str, tiny_values: dict[str, Any], tiny_data: Path, tmp_path: Path
 ) -> None:
-    flags = (*ONE_BY_ONE, "--method.name", method)
+    flags = (*QUICK, "--method.name", method)
     plain, here = begin(tiny_values, *flags).play(2), begin(tiny_values, *flags, *SECURE).play(2)
     assert_near(flat(here.adapter), flat(plain.adapter), rel=1e-5)
     post = LocalPost(divide_files(tiny_data, tmp_path / "sites"), tmp_path / "memory")
-    there = deployed(tiny_values, post, *flags, *SECURE).play(2)
+    there = deployed(tiny_values, over_flower(post) if method == "ffa" else post, *flags, *SECURE).play(2)
     assert_equal(there.adapter, here.adapter)
     for mine, theirs, open_ in zip(there.records, here.records, plain.records, strict=True):
         assert mine["clients"] == theirs["clients"] == open_["clients"]
@@ -47,10 +51,16 @@ def test_the_sum_is_the_mean_of_the_uploads_wherever_the_clients_are(
         # Nothing is said of one client, and nothing that takes its factors.
         assert not {"loss_by_client"} & mine["train"].keys()
         assert not {"aggregation", "drift"} & (mine.keys() | theirs.keys())
-    _nothing_of_one_client(post, there)
+    _nothing_of_one_client(post)
 
 
-def _nothing_of_one_client(post: LocalPost, run: Tiny) -> None:
+def over_flower(post: LocalPost) -> GridPost:
+    """The same sites as nodes of a Flower grid."""
+    grid = LocalGrid({name: client_app(site.handle) for name, site in post.sites.items()})
+    return GridPost(grid, {key_of(name): name for name in post.sites}, pause=0.01)
+
+
+def _nothing_of_one_client(post: LocalPost) -> None:
     """What sites sent in place of an upload says nothing but round, phase, session and names."""
     allowed = {"round", "phase", "session", "seeds", "keys"}
     for _, request, reply in post.carried:
@@ -64,6 +74,7 @@ def _nothing_of_one_client(post: LocalPost, run: Tiny) -> None:
         ("--method.name", "fedsa", "--lora.head", "personal"),
         ("--lora.ranks", '{"books": 1}', "--server.optimizer", "adam", "--lora.head", "frozen"),
         ("--privacy.mode", "local", *PRIVATE, "--local.prox", "0.1"),
+        ("--privacy.mode", "example", *PRIVATE, "--method.name", "fedask", "--local.clip", "null"),
         ("--method.name", "as_published", "--local.steps", "null", "--local.epochs", "0.5"),
     ],
     ids=lambda flags: " ".join(flags).replace("--", ""),
@@ -71,11 +82,12 @@ def _nothing_of_one_client(post: LocalPost, run: Tiny) -> None:
 def test_what_it_goes_with(
     flags: tuple[str, ...], tiny_values: dict[str, Any], tiny_data: Path, tmp_path: Path
 ) -> None:
-    here = begin(tiny_values, *ONE_BY_ONE, *SECURE, *flags).play(2)
+    rounds = 2 if "fedsa" in flags else 1
+    here = begin(tiny_values, *QUICK, *SECURE, *flags).play(rounds)
     post = LocalPost(divide_files(tiny_data, tmp_path / "sites"), tmp_path / "memory")
-    there = deployed(tiny_values, post, *ONE_BY_ONE, *SECURE, *flags).play(2)
+    there = deployed(tiny_values, post, *QUICK, *SECURE, *flags).play(rounds)
     assert_equal(there.adapter, here.adapter)
-    plain = begin(tiny_values, *ONE_BY_ONE, *flags).play(2)
+    plain = begin(tiny_values, *QUICK, *flags).play(rounds)
     assert_near(flat(here.adapter), flat(plain.adapter), rel=1e-4)
     assert ("train" in there.records[0]) == ("train" in plain.records[0])
 
@@ -106,7 +118,7 @@ def vanish(request: Message, reply: Message) -> None:
 
 def test_clients_are_lost_in_both_phases(tiny_values: dict[str, Any], post: LocalPost) -> None:
     """Whose upload did not arrive, as where it failed in this process; and in the next round whose answer did not."""
-    flags = (*ONE_BY_ONE, *SECURE, "--method.name", "fedask")
+    flags = (*QUICK, *SECURE, "--method.name", "fedask")
     here, there = begin(tiny_values, *flags), deployed(tiny_values, post, *flags)
     here.engine.faults["b"] = lambda upload: Failure("b", "lost")
     post.faults["b", "masked"] = vanish
@@ -122,7 +134,7 @@ def test_clients_are_lost_in_both_phases(tiny_values: dict[str, Any], post: Loca
 
 
 def test_a_site_that_starts_again_within_a_sum_is_lost_for_it(tiny_values: dict[str, Any], post: LocalPost) -> None:
-    flags = (*ONE_BY_ONE, *SECURE, "--method.name", "fedsa")
+    flags = (*QUICK, *SECURE, "--method.name", "fedsa")
     here, there = begin(tiny_values, *flags), deployed(tiny_values, post, *flags)
     here.engine.faults["d"] = lambda upload: Failure("d", "lost")
 
@@ -141,7 +153,7 @@ def test_a_site_that_starts_again_within_a_sum_is_lost_for_it(tiny_values: dict[
 
 
 def test_too_few_end_the_run_and_it_is_taken_up_again(tiny_values: dict[str, Any], post: LocalPost) -> None:
-    tiny = deployed(tiny_values, post, *ONE_BY_ONE, *SECURE).play()
+    tiny = deployed(tiny_values, post, *QUICK, *SECURE).play()
     before = tiny.state
     post.faults = {(client, "masked"): vanish for client in "ab"}
     with pytest.raises(RunError, match=r"round 1: 0 of 4 uploads were usable, the quorum is 2") as caught:

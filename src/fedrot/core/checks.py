@@ -13,7 +13,8 @@ from fedrot.core.settings import CheckSettings
 
 # A rotation that arrives is orthogonal to this; it was computed in float64 and may have travelled as float32.
 _ORTHOGONAL = 1e-4
-# No number beside the tensors is as large as this; larger ones would overflow in sums and squares.
+# No number of an upload is as large as this, in its tensors or beside them: larger ones would overflow in sums, squares
+# and products; those of two factors of rank 4096 stay 2^9 below the largest float32.
 _MOST = 2**53
 
 
@@ -36,8 +37,8 @@ def check_upload(
     reports: bool = True,
     turns: bool = True,
 ) -> None:
-    """Raise `RejectedUpload` with the reason unless the upload has `form`'s names, shapes and dtypes, finite values, a
-    sane example count, rotations in SO(r), and a change from `form` (the broadcast) within the norm bound; and, with
+    """Raise `RejectedUpload` with the reason unless the upload has `form`'s names, shapes, dtypes, values below 2^53,
+    a sane example count, rotations in SO(r), and a change from `form` (the broadcast) within the norm bound; and, with
     `variate`, a control variate of the same form, without it none. Without `reports` it must hold no counts, losses or
     times, without `turns` no rotations and no drift: they have no noise (privacy.mode local and example).
     """
@@ -74,8 +75,11 @@ def _check_tensors(adapter: Adapter, form: Adapter, who: str) -> None:
                 raise RejectedUpload(
                     f"{who}: {name} has {what} {getattr(tensor, what)}, the broadcast has {getattr(sent[name], what)}"
                 )
-        if not bool(torch.isfinite(tensor).all()):
+        most = float(tensor.abs().max()) if tensor.numel() else 0.0
+        if not math.isfinite(most):
             raise RejectedUpload(f"{who}: {name} holds values that are not finite (NaN or infinite)")
+        if most >= _MOST:
+            raise RejectedUpload(f"{who}: {name} holds a value of size {most:.3g}; from 2^53 on products overflow")
 
 
 def _check_rotation(upload: Upload, form: Adapter) -> None:

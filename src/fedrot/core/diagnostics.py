@@ -6,9 +6,9 @@ centred factors: a difference of large stacked products would lose everything be
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -22,6 +22,8 @@ from fedrot.core.settings import DiagnosticsSettings
 from fedrot.core.sketch import SketchedErrors
 
 _ROUNDING = 1e-10  # relative
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,44 @@ def measured(settings: DiagnosticsSettings, round: int) -> bool:
     return settings.every > 0 and round % settings.every == 0
 
 
-def observer(settings: DiagnosticsSettings, round: int, uploads: int, seed: int) -> Observer | None:
-    """The observer for a round of so many uploads; None in rounds that are not measured."""
+@dataclass
+class Watch:
+    """An observer that ends no round: where errors cannot be computed there are none, and `problem` says why."""
+
+    observer: Observer
+    problem: str | None = None
+
+    def add(self, upload: Upload, weight: float) -> None:
+        """Take one upload in."""
+        self._tried(lambda: self.observer.add(upload, weight))
+
+    def result(self, sent: Sequence[Adapter] = ()) -> AggregationErrors | None:
+        """See `Observer.result`; None where that is not known, or is not finite."""
+        found = self._tried(lambda: self.observer.result(sent))
+        totals = None if found is None else self._tried(found.totals)
+        if totals is None:
+            return None
+        if not all(math.isfinite(value) for value in totals.values()):
+            self.problem = "its numbers are not finite"
+            return None
+        return found
+
+    def _tried(self, work: Callable[[], Result]) -> Result | None:
+        if self.problem is None:
+            try:
+                return work()
+            except Exception as problem:  # whatever it is, no round depends on what is measured of it
+                self.problem = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
+        return None
+
+
+def observer(settings: DiagnosticsSettings, round: int, uploads: int, seed: int) -> Watch | None:
+    """What watches a round of so many uploads; None in rounds that are not measured."""
     if not measured(settings, round):
         return None
     if uploads <= settings.exact_clients:
-        return ExactErrors(settings.rho)
-    return SketchObserver(settings.sketch_width, seed)
+        return Watch(ExactErrors(settings.rho))
+    return Watch(SketchObserver(settings.sketch_width, seed))
 
 
 def _own(upload: Upload) -> Adapter:

@@ -1,6 +1,7 @@
 """Writing files so that a reader never sees half of one, and reading safetensors with errors a user understands."""
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,6 +29,17 @@ def write_atomic(path: Path, content: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove the files and folders `.*.tmp` below `folder`, which processes left that died while they wrote them or took
+    them away; nobody else may be writing there.
+    """
+    for path in sorted(folder.rglob(".*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def flush_folder(folder: Path) -> None:

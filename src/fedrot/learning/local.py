@@ -275,6 +275,11 @@ def step_count(examples: int, settings: LocalSettings) -> int:
     return max(1, math.ceil((settings.epochs or 1.0) * examples / min(settings.batch, examples) - 1e-9))
 
 
+def most_rows(examples: int, settings: LocalSettings) -> int:
+    """The most rows that a client of so many examples can process in a round."""
+    return step_count(examples, settings) * min(settings.batch, examples)
+
+
 def _optimizer(trained: list[Tensor], settings: LocalSettings) -> torch.optim.Optimizer:
     """Elementwise, so that one on stacked tensors is one for each client."""
     if settings.optimizer == "sgd":

@@ -195,7 +195,7 @@ class EvaluationSettings:
     split: str = "validation"
     """Split scored during the run."""
     every: int = 1
-    """Score after every n-th round, and after the last."""
+    """Score after every n-th round, and after the last; 0: not in rounds."""
     final: str | None = None
     """Split scored once, after the last round, e.g. test; null: none."""
     limit: int | None = None
@@ -217,3 +217,10 @@ class EvaluationSettings:
     """So many worked examples of the training split before each problem, the same before all, drawn with the recipe's
     seed: plain, with an empty line after each, so that an answer ends where another example would begin (answers text:
     at an empty line); by the chat template, earlier turns."""
+
+    @property
+    def scored(self) -> dict[str, str]:
+        """The splits that a run scores, by the key that names each."""
+        in_rounds = self.every > 0 or (self.answers != "none" and self.final is None)
+        found = {"split": self.split if in_rounds else None, "final": self.final}
+        return {key: split for key, split in found.items() if split is not None}

@@ -4,6 +4,7 @@ A round's folder is written under another name, flushed and then renamed, so a k
 complete round in place. The JSON holds the tensors' hash: damage is seen before anything is used.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -68,13 +69,13 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int, spare: int | 
         "clients": clients,
     }
     root.mkdir(parents=True, exist_ok=True)
-    folder, partial = root / _name(checkpoint.rounds), root / f".partial-{os.getpid()}"
+    folder, partial = root / _name(checkpoint.rounds), root / ".round.tmp"  # a run has one writer
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
         _write(partial / _TENSORS, blob)
         _write(partial / _STATE, json.dumps(state, indent=1).encode())
-        shutil.rmtree(folder, ignore_errors=True)
+        _drop(folder)
         partial.rename(folder)
     except OSError as problem:
         shutil.rmtree(partial, ignore_errors=True)
@@ -86,8 +87,17 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int, spare: int | 
     flush_folder(root)
     for old in saved_rounds(root)[:-keep]:
         if spare is None or old.name != _name(spare):
-            shutil.rmtree(old, ignore_errors=True)
+            _drop(old)
     return folder
+
+
+def _drop(folder: Path) -> None:
+    """Remove a checkpoint, if it is there: under another name, so that it is complete as long as it is one."""
+    gone = folder.with_name(".gone.tmp")
+    with contextlib.suppress(OSError):  # what stays is in nobody's way
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone)
 
 
 def _name(rounds: int) -> str:

@@ -122,7 +122,7 @@ def finish_round(begun: Begun, local: LocalResult, broadcast: Broadcast, recipe:
         adapter=sent,
         held=len(begun.client.indices),
         used=local.used,
-        rotation=result.rotation,
+        rotation=result.rotation if turns_travel(recipe, broadcast.round) else {},
         metrics={"loss": local.loss, "steps": local.steps, "tokens": local.tokens},
         layers=drift,
         seconds=spent,
@@ -194,6 +194,14 @@ def client_round(
 def travelling_parts(recipe: Recipe, round: int) -> frozenset[str]:
     """The parts of the adapter that clients upload in this round."""
     return recipe.method.uploads(round) - (frozenset() if recipe.lora.head == "shared" else {"head"})
+
+
+def turns_travel(recipe: Recipe, round: int) -> bool:
+    """Whether clients report the rotations of their factors: they do where the server measures what averaging loses. An
+    upload to a buffer may come in any later round.
+    """
+    late = recipe.federation.buffer is not None and recipe.diagnostics.every > 0
+    return late or measured(recipe.diagnostics, round)
 
 
 def keeps_state(recipe: Recipe) -> bool:

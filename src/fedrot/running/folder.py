@@ -18,7 +18,7 @@ from typing import IO, Any
 import yaml
 
 from fedrot.core.errors import RunError
-from fedrot.core.files import write_atomic
+from fedrot.core.files import remove_partial, write_atomic
 from fedrot.running.choices import adopted
 from fedrot.running.recipe import Recipe
 from fedrot.running.recipe_file import changed_key, to_yaml
@@ -151,6 +151,7 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f"{self.path}: another process is running this run; wait for it or end it") from None
+        remove_partial(self.path)
 
     def close(self) -> None:
         """Give the folder back."""

@@ -49,9 +49,9 @@ def divided(recipe: Recipe) -> tuple[Dataset, Partition]:
     speed of a client that there is not.
     """
     dataset = read_dataset(recipe.data, recipe.seed)
-    for key, split in (("evaluation.split", recipe.evaluation.split), ("evaluation.final", recipe.evaluation.final)):
-        if split is not None and split not in dataset.splits:
-            raise DataError(f"{key}: the data has no split {split!r}; choose {choices(dataset.splits)}")
+    for key, split in recipe.evaluation.scored.items():
+        if split not in dataset.splits:
+            raise DataError(f"evaluation.{key}: the data has no split {split!r}; choose {choices(dataset.splits)}")
     partition = divide(dataset, recipe.partition, recipe.seed, recipe.model)
     check_clients(recipe, partition.clients)
     if strange := sorted(set(recipe.lora.ranks or ()) - set(partition.clients)):
@@ -85,7 +85,7 @@ def _loaded(recipe: Recipe, dataset: Dataset, partition: Partition) -> Prepared:
     longest = model.longest()
     if longest is not None and recipe.data.max_length > longest:
         raise DataError(f"data.max_length is {recipe.data.max_length}, {recipe.model.path} has {longest} positions")
-    wanted = {"train", recipe.evaluation.split, recipe.evaluation.final}
+    wanted = {"train", *recipe.evaluation.scored.values()}
     encoded = {
         split: _encoded(recipe.data, model, rows).mapped() for split, rows in dataset.splits.items() if split in wanted
     }

@@ -5,6 +5,7 @@ client may not have done it, sum, add noise. Where single examples are protected
 docs/privacy.md says what follows for whom; accounting.py what it costs.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from fedrot.core.adapter import Adapter
@@ -50,6 +51,16 @@ def told(recipe: Recipe) -> tuple[bool, bool]:
     protected: they follow from factors that are private already.
     """
     return recipe.privacy.mode not in ("local", "example"), recipe.privacy.mode != "local"
+
+
+def counted(recipe: Recipe, splits: Iterable[str]) -> list[str]:
+    """Of a site's splits, those whose numbers of examples it says on joining: none where clients are private from the
+    server. Where single examples are, that of train, which is the same with and without any one of them: by it the
+    server knows what a round costs.
+    """
+    if recipe.privacy.mode == "local":
+        return []
+    return [split for split in splits if split == "train" or recipe.privacy.mode != "example"]
 
 
 def silent(upload: Upload, recipe: Recipe) -> Upload:

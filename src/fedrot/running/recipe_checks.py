@@ -74,7 +74,7 @@ def ranges(r: "Recipe") -> Iterator[tuple[str, bool, str]]:
     yield "diagnostics.every", r.diagnostics.every >= 0, "at least 0"
     yield "diagnostics.exact_clients", r.diagnostics.exact_clients >= 0, "at least 0"
     yield "diagnostics.sketch_width", 1 <= r.diagnostics.sketch_width <= 4096, "from 1 to 4096"
-    yield "evaluation.every", r.evaluation.every >= 1, "at least 1"
+    yield "evaluation.every", r.evaluation.every >= 0, "at least 0"
     yield "evaluation.limit", r.evaluation.limit is None or r.evaluation.limit >= 1, "at least 1, or null"
     yield "evaluation.batch", r.evaluation.batch >= 1, "at least 1"
     yield "evaluation.problems", r.evaluation.problems is None or r.evaluation.problems >= 1, "at least 1, or null"
@@ -117,6 +117,8 @@ def check_combinations(r: "Recipe") -> None:
         raise RecipeError("partition.encoder: it is for partition.by cluster; leave it null")
     if r.partition.kind in ("iid", "dirichlet") and r.partition.clients is None:
         raise RecipeError(f"partition.clients: give the number of clients (kind {r.partition.kind})")
+    if r.evaluation.choose == "best" and not r.evaluation.every:
+        raise RecipeError("evaluation.choose: without scores in rounds there is no best one; set it to last")
     if r.evaluation.choose == "best" and r.evaluation.final == r.evaluation.split:
         raise RecipeError(
             f"evaluation.choose: the best round on {r.evaluation.split!r} would be reported on the same examples; set "

@@ -1,5 +1,6 @@
 """A round's line of metrics.jsonl: who took part, losses, bytes, aggregation errors, drift."""
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from typing import Any
 
 from fedrot.core.adapter import Adapter
 from fedrot.core.compression import Codec, payload_bytes
-from fedrot.core.diagnostics import AggregationErrors
+from fedrot.core.diagnostics import Watch
 from fedrot.core.drift import summarise_drift
 from fedrot.core.methods.base import ALL_PARTS, Broadcast, Upload
 from fedrot.core.packed import Layout
@@ -75,22 +76,31 @@ def broadcast_bytes(broadcast: Broadcast, head: bool) -> int:
 
 
 def upload_bytes(upload: Upload, parts: frozenset[str], codec: Codec) -> int:
-    """Bytes that one client sends: `parts` of the adapter as the codec packs them; rotations and the control variate as
-    they are.
+    """Bytes that one client sends: `parts` of the adapter as the codec packs them; rotations and the control variate in
+    float32. As between sites (`network.tensors`), headers apart.
     """
     adapter = upload.adapter
     sent = adapter.bytes(parts) if codec == "none" else payload_bytes(Layout.of(adapter, parts), codec)
     variate = 0 if upload.variate is None else upload.variate.bytes(parts)
-    return sent + variate + sum(r.numel() * r.element_size() for r in upload.rotation.values())
+    return sent + variate + 4 * sum(r.numel() for r in upload.rotation.values())
 
 
-def add_diagnostics(record: dict[str, Any], errors: AggregationErrors | None, uploads: Mapping[str, Seen]) -> None:
-    """Put errors, where there are any, and drift into the record."""
+def add_diagnostics(
+    record: dict[str, Any], watch: Watch | None, sent: Sequence[Adapter], uploads: Mapping[str, Seen]
+) -> None:
+    """Put errors and drift into the record; what cannot be computed is left out, with the reason under `unmeasured`."""
+    errors = None if watch is None else watch.result(sent)
     if errors is not None:
         record["aggregation"] = {**errors.totals(), "layers": errors.layers}
+    problem = None if watch is None else watch.problem
     drift = summarise_drift({name: u.layers for name, u in uploads.items()})
-    if drift:
+    if drift and all(math.isfinite(value) for value in drift.values()):
         record["drift"] = {**drift, "layers": _drift_by_layer(uploads)}
+    elif drift:
+        problem = problem or "the clients' drift is not finite"
+    if problem is not None:
+        record["unmeasured"] = problem
+        logging.getLogger("fedrot").warning("round %d: diagnostics are left out: %s", record["round"], problem)
 
 
 def _drift_by_layer(uploads: Mapping[str, Seen]) -> dict[str, dict[str, float]]:

@@ -4,13 +4,14 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
 
 from fedrot.core.adapter import Adapter
 from fedrot.core.checks import RejectedUpload, check_upload
-from fedrot.core.diagnostics import Observer, measured, observer
+from fedrot.core.diagnostics import Watch, measured, observer
 from fedrot.core.errors import FedrotError, RunError
 from fedrot.core.methods.base import Broadcast, Reduced, ServerState, Upload
 from fedrot.core.reduce import Reduction
@@ -70,7 +71,7 @@ class Collected:
     """A round's uploads after checks, reduced, with what was seen on the way."""
 
     reduction: Reduction
-    observer: Observer | None
+    watch: Watch | None
     variates: Reduction | None = None
     held: list[Upload] = field(default_factory=list)  # until a rule against hostile clients has seen all
     kept: Mapping[str, float] = field(default_factory=dict)  # client -> what the rule let through of its upload
@@ -128,6 +129,7 @@ def play_round(
         share = collected.variates.count / len(engine.clients)
         variate = next_variate(broadcast, collected.variates.result().mean, share)
         state = replace(state, broadcast=replace(state.broadcast, variate=variate))
+    _check_finite(state)
     collected.spend("aggregate", since)
     shared_head = recipe.lora.head == "shared"
     down = broadcast_bytes(broadcast, shared_head) * len(drawn) + collected.bytes_down
@@ -140,11 +142,10 @@ def play_round(
         since = time.perf_counter()
         # A server optimizer goes elsewhere on purpose: there is no error in that.
         sent = outcome_of(state.broadcast) if recipe.server.optimizer == "none" else ()
-        seen = collected.observer if collected.uploads else None
-        errors = seen.result(sent) if seen is not None else None
-        add_diagnostics(record, errors, collected.uploads)
+        add_diagnostics(record, collected.watch if collected.uploads else None, sent, collected.uploads)
         collected.spend("diagnose", since)
-    if (number + 1) % recipe.evaluation.every == 0 or number + 1 == recipe.rounds:
+    every = recipe.evaluation.every
+    if every and ((number + 1) % every == 0 or number + 1 == recipe.rounds):
         since = time.perf_counter()
         watcher.evaluating(recipe.evaluation.split)
         scores = engine.evaluate(state.broadcast, recipe.evaluation.split, recipe.evaluation.limit)
@@ -232,6 +233,20 @@ def serve(recipe: Recipe, state: ServerState, reduced: Reduced) -> ServerState:
     return ServerState(state.broadcast, {**state.memory, **moments})
 
 
+def _check_finite(state: ServerState) -> None:
+    """Raise `RunError` unless all of a round's new state is finite."""
+    sent = state.broadcast
+    parts = {"adapter": sent.adapter, "reference": sent.reference, "variate": sent.variate}
+    parts |= {"base_delta": sent.base_delta, "base_step": sent.base_step}
+    tensors = [(f"{what}/{n}", t) for what, found in parts.items() if found is not None for n, t in found.tensors()]
+    for name, tensor in chain(tensors, state.memory.items()):
+        if not bool(torch.isfinite(tensor).all()):
+            raise RunError(
+                f"round {sent.round - 1}: {name} is not finite (NaN or infinite) after the server's step; the last "
+                "good state is kept; lower the learning rates, or bound uploads by checks.max_norm"
+            )
+
+
 def next_variate(broadcast: Broadcast, change: Adapter, share: float) -> Adapter:
     """SCAFFOLD's c + |S| / N mean(c_i+ - c_i), over the |S| clients of the round, of N."""
     zero = broadcast.adapter.map(torch.zeros_like)
@@ -260,8 +275,9 @@ def _second_phase(
         try:
             if isinstance(result, Failure):
                 raise RejectedUpload(result.reason)
-            # What it says beside its tensors was checked in the first phase.
-            check_upload(Upload(result.client, result.adapter, held=0, used=0), question, recipe.checks, reports=False)
+            # Counts, losses and times were checked in the first phase.
+            bare = replace(result, held=0, used=0, metrics={}, seconds={})
+            check_upload(bare, question, recipe.checks, reports=False)
         except RejectedUpload as problem:
             reason = collected.dropped[result.client] = f"second phase: {problem}"
             del collected.uploads[result.client]
@@ -360,8 +376,8 @@ def _fold_in(upload: Upload, weight: float, collected: Collected) -> None:
         collected.variates.add(upload.variate, 1.0)
     collected.spend("aggregate", since)
     since = time.perf_counter()
-    if collected.observer is not None:
-        collected.observer.add(upload, weight)
+    if collected.watch is not None:
+        collected.watch.add(upload, weight)
     collected.spend("diagnose", since)
 
 

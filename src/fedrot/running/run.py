@@ -163,7 +163,8 @@ def _finish(folder: RunFolder, recipe: Recipe, engine: Engine, state: ServerStat
     chosen = state.broadcast.round - 1
     result: dict[str, Any] = {"rounds": recipe.rounds, "method": recipe.method.name, "round": chosen}
     record = folder.metrics()[chosen]
-    result["evaluation"] = record["evaluation"]
+    if "evaluation" in record:
+        result["evaluation"] = record["evaluation"]
     if "privacy" in record:
         result["privacy"] = {**record["privacy"], "rounds": chosen + 1, "stopped": chosen + 1 < recipe.rounds}
     if recipe.evaluation.final is not None:

@@ -35,7 +35,7 @@ def score_adapter(
     _check_limit(limit)
     adapter = Adapter.load(path)
     chosen = split or recipe.evaluation.final or recipe.evaluation.split
-    settings = replace(recipe.evaluation, split=chosen, final=None)
+    settings = replace(recipe.evaluation, split=chosen, final=None, every=1)
     recipe = replace(recipe, evaluation=settings if answers else replace(settings, answers="none", shots=0))
     ready = prepare(recipe)
     data, precision = ready.encoded[chosen], ready.recipe.local.precision

@@ -16,7 +16,7 @@ from fedrot.core.packed import Layout
 from fedrot.core.privacy import with_change
 from fedrot.core.secure_sum import Scale, Summand
 from fedrot.core.seeding import generator
-from fedrot.learning.local import step_count
+from fedrot.learning.local import most_rows
 from fedrot.running.client import travelling_parts
 from fedrot.running.engine import Failure, Summed
 from fedrot.running.privacy import told
@@ -85,7 +85,7 @@ def most_weight(recipe: Recipe, held: int) -> tuple[int, bool]:
     """(the most that a client of so many examples can weigh, whether it weighs exactly that)."""
     rule = recipe.method.weighting or recipe.federation.weighting
     if rule == "used":
-        return step_count(held, recipe.local) * min(recipe.local.batch, held), False
+        return most_rows(held, recipe.local), False
     return (held if rule == "held" else 1), True
 
 

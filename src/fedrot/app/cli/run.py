@@ -86,9 +86,9 @@ def conclude(folder: "RunFolder") -> None:
         epsilon = "infinite" if private["epsilon"] is None else f"{private['epsilon']:.3g}"
         ended = f", where privacy.budget ended the run of {recipe.rounds}" if private["stopped"] else ""
         print(f"epsilon {epsilon} at delta {private['delta']:g}  (after {private['rounds']} rounds{ended})")
-    scores = result.get("final") or result["evaluation"]
-    name = scores["metric"].replace("_", " ")
-    print(f"{scores['split']} {name} {scores[scores['metric']]:.4f}  ({scores['examples']} examples)")
+    if scores := result.get("final") or result.get("evaluation"):
+        name = scores["metric"].replace("_", " ")
+        print(f"{scores['split']} {name} {scores[scores['metric']]:.4f}  ({scores['examples']} examples)")
     if answers := result.get("answers"):
         interval = f"[{answers['low']:.4f}, {answers['high']:.4f}]"
         problems = f"{answers['examples']} problems, {answers['unparsed']:.1%} without an answer"

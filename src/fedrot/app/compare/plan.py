@@ -127,6 +127,8 @@ def plan(
     for seed in seeds:
         for variant in variants:
             recipe = read_recipe(path, [*flags, *variant.flags, f"--seed={seed}"], small)
+            if not recipe.evaluation.every:
+                raise RecipeError("evaluation.every: a comparison is of scores in rounds; set it to 1 or more")
             root = out or Path("runs") / f"{recipe.name}-compared"
             planned.append(Planned(variant, seed, recipe, root / variant.folder / f"seed-{seed}"))
     for one in planned:

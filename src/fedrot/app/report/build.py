@@ -31,7 +31,9 @@ def _draw(runs: Sequence[RunData], folder: Path) -> list[dict[str, Any]]:
     measured = any("aggregation" in record for run in runs for record in run.metrics)
     scored = any("evaluation" in record for run in runs for record in run.metrics)
     first = runs[0].partition
-    plan: list[tuple[str, str, Any]] = [("learning", "Score and loss by round.", lambda: figures.learning(runs))]
+    plan: list[tuple[str, str, Any]] = []
+    if scored or any("train" in record for run in runs for record in run.metrics):
+        plan.append(("learning", "Score and loss by round.", lambda: figures.learning(runs)))
     if measured:
         plan += [
             (

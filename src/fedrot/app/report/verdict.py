@@ -23,6 +23,8 @@ def verdict(run: RunData) -> str:
         return "What averaging lost is not available: with privacy.mode local clients report nothing to measure it by."
     if run.recipe.secure.aggregation:
         return "What averaging lost is not available: with secure.aggregation nobody sees the uploads."
+    if not measured and (problems := [record["unmeasured"] for record in run.metrics if "unmeasured" in record]):
+        return f"What averaging lost could not be computed: {problems[-1]}."
     if not measured:
         return "Nothing is said about aggregation: diagnostics were off (diagnostics.every)."
     late = measured[len(measured) // 2 :]

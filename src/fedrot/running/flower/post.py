@@ -9,11 +9,13 @@ from flwr.app import MessageType
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from fedrot.running.flower.records import from_records, to_records
+from fedrot.running.flower.records import from_records, payload_record, to_records
 from fedrot.running.network.messages import Message, MessageError
 
 # Flower's types of the requests: what a request is, its header says.
 _TYPES = {"train": MessageType.TRAIN, "answer": MessageType.TRAIN, "evaluate": MessageType.EVALUATE}
+# Bytes of replies that are taken from the SuperLink at a time.
+_TAKEN = 16 << 20
 # What Flower says where a node, or what it was sent, is gone.
 _GONE = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
 
@@ -74,9 +76,12 @@ class GridPost:
     def _send(self, waiting: Mapping[str, _Asked], nodes: Mapping[str, _Node], seconds: float | None) -> None:
         """Send what its node does not have: what is new, and what it had before it was started again."""
         due = {c: a for c, a in waiting.items() if c in nodes and (a.number is None or a.since != nodes[c].since)}
+        # A broadcast is one payload: it is copied, hashed and sent to the SuperLink once.
+        payloads = {id(asked.request.payload): asked.request.payload for asked in due.values()}
+        records = {key: payload_record(payload) for key, payload in payloads.items()}
         messages = [
             FlowerMessage(
-                content=to_records(asked.request),
+                content=to_records(asked.request, records[id(asked.request.payload)]),
                 dst_node_id=nodes[client].number,
                 message_type=_TYPES.get(str(asked.request.header.get("kind")), MessageType.QUERY),
                 ttl=seconds,
@@ -88,19 +93,24 @@ class GridPost:
         for (client, asked), number in zip(due.items(), numbers, strict=True):
             asked.number, asked.since = str(number), nodes[client].since
 
-    def _pull(self, waiting: Mapping[str, _Asked]) -> list[tuple[str, Message | str]]:
-        """The replies that are there. What Flower says of a node that is gone is none: it may come back."""
+    def _pull(self, waiting: Mapping[str, _Asked]) -> Iterator[tuple[str, Message | str]]:
+        """The replies that are there, a part of them at a time in memory, in the order in which clients were asked.
+
+        What Flower says of a node that is gone is none: it may come back.
+        """
         numbers = {asked.number: client for client, asked in waiting.items() if asked.number is not None}
-        found: list[tuple[str, Message | str]] = []
-        for reply in self._grid.pull_messages(list(numbers)) if numbers else ():
-            client = numbers.pop(reply.metadata.reply_to_message_id, None)
-            if client is None:
-                continue
-            if reply.has_error() and reply.error.code in _GONE and self._grace:
-                waiting[client].number = None
-            else:
-                found.append((client, _read(reply)))
-        return found
+        # A reply has about the size of its request.
+        largest = max((len(asked.request.payload) for asked in waiting.values()), default=0)
+        due, size = list(numbers), max(1, _TAKEN // max(1, largest))
+        for part in (due[start : start + size] for start in range(0, len(due), size)):
+            for reply in self._grid.pull_messages(part):
+                client = numbers.pop(reply.metadata.reply_to_message_id, None)
+                if client is None:
+                    continue
+                if reply.has_error() and reply.error.code in _GONE and self._grace:
+                    waiting[client].number = None
+                else:
+                    yield client, _read(reply)
 
     def _nodes(self) -> dict[str, _Node]:
         """Each connected node, by its client's name; nodes without one are passed over."""

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor
 
 from fedrot.running.network.messages import Message, MessageError
 
@@ -11,11 +12,15 @@ _HEADER, _PAYLOAD, _NAME = "fedrot.header", "fedrot.payload", "bytes"
 _RAW = "fedrot.raw"
 
 
-def to_records(message: Message) -> RecordDict:
-    """The records that hold a message."""
-    payload = Array("uint8", tuple(message.payload.shape), _RAW, message.payload.numpy().tobytes())
+def to_records(message: Message, payload: ArrayRecord | None = None) -> RecordDict:
+    """The records that hold a message; `payload` is that of its payload, where it was made already."""
     header = ConfigRecord({_NAME: message.header_bytes()})
-    return RecordDict({_HEADER: header, _PAYLOAD: ArrayRecord({_NAME: payload})})
+    return RecordDict({_HEADER: header, _PAYLOAD: payload_record(message.payload) if payload is None else payload})
+
+
+def payload_record(payload: Tensor) -> ArrayRecord:  # of (n,) uint8
+    """A payload's record, of which many messages may be made: Flower knows what it holds by its hash."""
+    return ArrayRecord({_NAME: Array("uint8", tuple(payload.shape), _RAW, payload.numpy().tobytes())})
 
 
 def from_records(content: RecordDict) -> Message:

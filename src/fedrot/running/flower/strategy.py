@@ -20,7 +20,7 @@ from torch import Tensor
 from fedrot.core.adapter import Adapter
 from fedrot.core.alignment import check_finite
 from fedrot.core.checks import RejectedUpload, check_upload
-from fedrot.core.diagnostics import Observer, observer
+from fedrot.core.diagnostics import Watch, observer
 from fedrot.core.errors import AdapterError, FedrotError, RecipeError, RunError, choices
 from fedrot.core.methods import get_method, methods
 from fedrot.core.methods.base import ALL_PARTS, Broadcast, Method, Reduced, Seat, ServerState, Upload
@@ -213,11 +213,14 @@ class FedRotStrategy(FedAvg):
         self._memory = state.memory
         return state.broadcast.adapter
 
-    def _errors(self, watch: Observer | None, made: Adapter) -> dict[str, float | int]:
+    def _errors(self, watch: Watch | None, made: Adapter) -> dict[str, float | int]:
         """The round's errors by the names of the metrics."""
-        if watch is None:
+        errors = None if watch is None else watch.result((made,))
+        if watch is not None and watch.problem is not None:
+            _LOG.warning("FedRotStrategy: the round's errors are left out: %s", watch.problem)
+        if errors is None:
             return {}
-        totals = watch.result((made,)).totals()
+        totals = errors.totals()
         unknown = ("before",) if self.align == "client" else ()  # the frames before alignment are not known here
         shares = {key.removesuffix("_relative"): x for key, x in totals.items() if key.endswith("_relative")}
         found: dict[str, float | int] = {f"fedrot-error-{key}": x for key, x in shares.items() if key not in unknown}

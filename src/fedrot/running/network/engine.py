@@ -15,6 +15,7 @@ from fedrot.core.errors import AdapterError, RunError
 from fedrot.core.methods.base import ALL_PARTS, Broadcast, ClientState, Upload
 from fedrot.core.packed import Layout
 from fedrot.learning.evaluation import Evaluation
+from fedrot.learning.local import most_rows
 from fedrot.learning.scores import AVERAGED
 from fedrot.learning.tasks import classification, generation
 from fedrot.running.engine import Failure, Summed
@@ -22,7 +23,7 @@ from fedrot.running.network.journal import Exchange, Journal, now
 from fedrot.running.network.messages import Message, MessageError, count_of, of_round, shown, value_of
 from fedrot.running.network.secure import require
 from fedrot.running.network.tensors import adapter_message, broadcast_message, read_adapter, read_upload
-from fedrot.running.privacy import told
+from fedrot.running.privacy import counted, told
 from fedrot.running.recipe import Recipe
 from fedrot.running.secure import SecureSum, total_weight
 from fedrot.running.settings import drawn_count, least_uploads
@@ -55,9 +56,9 @@ class Expected:
     model: str  # hash of the base weights
     labels: Sequence[str]
 
-    def examples(self, reply: Message) -> dict[str, int]:
-        """How many examples of each split a site has, by what it says of itself. Raises `MessageError` where it does
-        not, or says that it is not what the run needs.
+    def examples(self, reply: Message, recipe: Recipe) -> dict[str, int]:
+        """How many examples of each split a site has, by what it says of itself as far as the recipe lets it. Raises
+        `MessageError` where it does not, or says that it is not what the run needs.
         """
         schema = Layout.of(self.form, ALL_PARTS).schema
         for key, mine, what in (
@@ -71,8 +72,8 @@ class Expected:
                 said = f": {shown(theirs)}, not {shown(mine)}" if key in ("fedrot", "labels") else ""
                 raise MessageError(f"has {what}{said}")
         counts = value_of(reply.header, "examples", dict)
-        count_of(counts, "train", least=1)
-        return {split: count_of(counts, split) for split in counts}
+        splits = counted(recipe, dict.fromkeys(("train", *counts)))
+        return {split: count_of(counts, split, least=int(split == "train")) for split in splits}
 
     @property
     def metric(self) -> str:
@@ -131,8 +132,8 @@ class Network:
                 f"{len(self._joined)} of {len(self.clients)} sites are there, a round needs {needed} "
                 f"(federation.quorum); {'; '.join(map(self._why_not, missing))}"
             )
-        for key, split in (("split", self._recipe.evaluation.split), ("final", self._recipe.evaluation.final)):
-            if split is not None and not any(found.get(split) for found in self._joined.values()):
+        for key, split in self._recipe.evaluation.scored.items():
+            if not any(found.get(split) for found in self._joined.values()):
                 raise RunError(f"evaluation.{key}: no site has examples of {split!r}; choose another split")
 
     def _why_not(self, client: str) -> str:
@@ -149,7 +150,7 @@ class Network:
         request = Message.of(kind="join", fedrot=__version__, run=self._run, recipe=values)
         for client, reply in self._ask(dict.fromkeys(clients, request), seconds):
             try:
-                self._joined[client] = self._expected.examples(_given(reply))
+                self._joined[client] = self._expected.examples(_given(reply), self._recipe)
                 self.refused.pop(client, None)
             except MessageError as problem:
                 self.refused[client] = str(problem)
@@ -168,8 +169,8 @@ class Network:
 
     @property
     def held(self) -> Mapping[str, int]:
-        """Training examples of the sites that take part now, as they said."""
-        return {client: counts["train"] for client, counts in self._joined.items()}
+        """Training examples of the sites that take part now, as they said; empty where they do not say."""
+        return {client: counts["train"] for client, counts in self._joined.items() if counts}
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Upload | Failure]:
         """One round of local training at these sites."""
@@ -178,7 +179,7 @@ class Network:
         for client, reply in self._replies(self._told(request, clients)):
             try:
                 upload = read_upload(_given(reply), client, broadcast, self._recipe)
-                self._check_held(upload)
+                self._check_counts(upload)
                 yield upload
             except (MessageError, RejectedUpload) as problem:
                 yield Failure(client, str(problem))
@@ -192,9 +193,11 @@ class Network:
         return self._summed(of, self._told(request, clients), held)
 
     def _held(self, clients: Sequence[str]) -> dict[str, int]:
-        """How many examples the sites said to have; those that have not joined do so now."""
+        """How many examples the sites said to have, 1 where they do not say, which is where all weigh alike; those that
+        have not joined do so now.
+        """
         self._introduce([c for c in clients if c not in self._joined], self._recipe.federation.deadline)
-        return {client: self._joined[client]["train"] for client in clients if client in self._joined}
+        return {client: self._joined[client].get("train", 1) for client in clients if client in self._joined}
 
     def _summed(
         self, of: SecureSum, requests: Mapping[str, Message], held: Mapping[str, int]
@@ -208,12 +211,17 @@ class Network:
         replies = chain(away, self._replies({client: requests[client] for client in held}))
         return secure_sum(of, replies, lambda more: self._ask(more, seconds), held, list(requests))
 
-    def _check_held(self, upload: Upload) -> None:
-        """A site's weight is what it said when it joined. With privacy.mode local or example no upload says any."""
+    def _check_counts(self, upload: Upload) -> None:
+        """A site's weight is what it said when it joined, or no more than follows from that. With privacy.mode local or
+        example no upload says any.
+        """
+        if not told(self._recipe)[0]:
+            return
         joined = self._joined[upload.client]["train"]
-        reports, _ = told(self._recipe)
-        if upload.held != joined and reports:
+        if upload.held != joined:
             raise RejectedUpload(f"upload: it says {upload.held} examples are held, the site said {joined} on joining")
+        if upload.used > (most := most_rows(joined, self._recipe.local)):
+            raise RejectedUpload(f"upload: it says {upload.used} rows were used, a round of {joined} examples has {most}")
 
     def remember(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Which uploads went into the sum, by the records of the rounds so far: for a server that restarts."""

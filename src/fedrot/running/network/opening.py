@@ -13,6 +13,7 @@ from fedrot.running.network.engine import Expected, Network, Post
 from fedrot.running.network.journal import FileJournal
 from fedrot.running.network.secure import require
 from fedrot.running.prepare import first_adapter
+from fedrot.running.privacy import told
 from fedrot.running.recipe import Recipe
 from fedrot.running.run import Stage
 from fedrot.running.settings import drawn_count
@@ -42,6 +43,12 @@ def check_for_sites(recipe: Recipe, clients: Sequence[str]) -> None:
             recipe.privacy.mode != "none" and not recipe.privacy.secure,
             "privacy.secure",
             "whoever has the recipe could take the noise off; set it to true",
+        ),
+        (
+            not told(recipe)[0] and bool(recipe.evaluation.scored),
+            "evaluation.every",
+            "scores of the sites' own examples have no noise, which privacy.mode would be undone by; set it to 0 and "
+            "evaluation.final to null, and score the adapter by fedrot eval on examples that are yours",
         ),
         (
             recipe.data.made_up,

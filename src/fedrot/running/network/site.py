@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedrot import __version__
 from fedrot.core.errors import FedrotError, RecipeError, RunError
+from fedrot.core.files import remove_partial
 from fedrot.core.methods.base import ALL_PARTS, ClientState, Upload
 from fedrot.core.packed import Layout
 from fedrot.core.products import joined
@@ -27,6 +28,7 @@ from fedrot.running.network.tensors import (
     upload_message,
 )
 from fedrot.running.prepare import Prepared, prepare_site
+from fedrot.running.privacy import counted, told
 from fedrot.running.recipe import Recipe
 from fedrot.running.recipe_file import parse_recipe
 from fedrot.running.secure import SecureSum
@@ -122,6 +124,7 @@ class _Seat:
 
     def __init__(self, asked: tuple[str, Recipe], ready: Prepared, folder: Path) -> None:
         self.asked, self._ready, self._folder = asked, ready, folder
+        remove_partial(folder)
         self._memory = Memory(folder)
         self._engine = Simulation(ready)
         (self._name,) = self._engine.clients
@@ -133,14 +136,14 @@ class _Seat:
 
     def introduction(self) -> Message:
         """What the server must know before it lets the site take part."""
-        ready = self._ready
+        ready, splits = self._ready, self._ready.dataset.splits
         return Message.of(
             fedrot=__version__,
             client=self._name,
             schema=Layout.of(self._form, ALL_PARTS).schema,
             model=ready.model.fingerprint(),
             labels=list(ready.dataset.labels),
-            examples={split: len(rows) for split, rows in ready.dataset.splits.items()},
+            examples={split: len(splits[split]) for split in counted(ready.recipe, splits)},
         )
 
     def train(self, request: Message) -> Message:
@@ -186,6 +189,8 @@ class _Seat:
 
     def evaluate(self, request: Message) -> Message:
         """The scores of the broadcast, or of the client's own model, on the site's own examples."""
+        if not told(self._ready.recipe)[0]:
+            raise RunError(f"{self._name}: its examples' scores have no noise, and privacy.mode says to give none")
         split, limit = value_of(request.header, "split", str), None
         if request.header.get("limit") is not None:
             limit = count_of(request.header, "limit", least=1)
