@@ -1,7 +1,7 @@
 # make demo   set everything up and run the demonstration on real data
 # make test   the tests            make check  lint, types, floors and the tests
 # make test-deploy  real processes between sites (minutes)    make soak  20 of them killed at random
-# make bench  speed and memory     make figures  the documentation's figures
+# make bench  speed and memory     make bench-network  messages between sites     make figures  the documentation's figures
 # make study DATA=folder   methods compared with searched rates (hours; goes on where it was)
 # make replay TREC=folder  aggregation on recorded uploads (half an hour)     make results  docs/results.md, docs/performance.md from their files
 PYTHON ?= python3
@@ -18,7 +18,7 @@ DEMO_OUT ?= runs/demo
 # A folder with sst2/ and gsm8k/ for the benchmark; VADER's movie reviews and HumanEval's problems without it
 DATA ?=
 
-.PHONY: demo test test-deploy soak check lint bench figures replay study results clean
+.PHONY: demo test test-deploy soak check lint bench bench-network figures replay study results clean
 
 demo: $(RUN)
 	$(BIN)/fedrot data fetch minilm vader
@@ -48,6 +48,10 @@ check: lint test
 bench: $(DEV)
 	$(BIN)/fedrot data fetch minilm vader smollm2 humaneval
 	$(BIN)/python benchmarks/run.py $(if $(DATA),--data $(DATA))
+
+bench-network: $(DEV)
+	$(BIN)/fedrot data fetch minilm vader
+	$(BIN)/python benchmarks/network.py
 
 figures: $(DEV)
 	$(BIN)/python benchmarks/frames.py

@@ -7,6 +7,7 @@ whose sites answer with prepared uploads (wire.py); what a round waits for is me
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -33,6 +34,8 @@ from wire import HELD, LABELS, MODEL, Wire
 WRITTEN = Path(__file__).parents[1] / "docs" / "results" / "network.json"
 LAYERS, WIDTH, RANK = 24, 384, 4  # MiniLM's queries and values
 FEW, USUAL, BACKWARDS = 3, 30, 300
+MEASURED = {"not measured": 0, "measured": 1}  # diagnostics.every
+SKETCHED = 33  # clients from which on errors are sketched
 
 
 def recipe_of(method: str, every: int) -> Recipe:
@@ -111,51 +114,62 @@ def measure(method: str, clients: int, every: int, backwards: bool) -> dict[str,
     }
 
 
-def in_process(method: str, clients: int, every: int = 1, backwards: bool = False) -> dict[str, float]:
+def in_process(
+    method: str, clients: int, every: int = 1, backwards: bool = False, **environment: str
+) -> dict[str, float]:
     """`measure` in a process of its own."""
     words = [sys.executable, str(Path(__file__)), "--one", json.dumps([method, clients, every, backwards])]
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    done = subprocess.run(words, check=True, capture_output=True, text=True, env={**os.environ, **environment})
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def load(counts: list[int]) -> list[Result]:
     """Bytes, time and memory of the server by the number of clients."""
-    ways = {"FedIT": ("fedit", 1), "FedRot": ("fedrot", 1), "FedRot, not measured": ("fedrot", 0)}
+    ways = {
+        f"{name}, {what}": (method, every)
+        for what, every in MEASURED.items()
+        for name, method in (("FedIT", "fedit"), ("FedRot", "fedrot"))
+    }
     usual = {name: in_process(method, USUAL, every) for name, (method, every) in ways.items()}
-    by_count = {
-        what: {n: usual[name] if n == USUAL else in_process("fedrot", n, every) for n in counts}
-        for what, name, every in (("not measured", "FedRot, not measured", 0), ("measured", "FedRot", 1))
+    found = {
+        what: {n: usual[f"FedRot, {what}"] if n == USUAL else in_process("fedrot", n, every) for n in counts}
+        for what, every in MEASURED.items()
     }
     results = []
     for name, one in usual.items():
-        for way, what in (("down", "a broadcast"), ("up", "an upload")):
-            results.append(Result(f"bytes: payload of {what} / its tensors, {name}", one[f"{way} payload"], "x", 1.02))
+        for way, words in (("down", "a broadcast"), ("up", "an upload")):
+            results.append(Result(f"bytes: payload of {words} / its tensors, {name}", one[f"{way} payload"], "x", 1.02))
     for name, one in usual.items():
         results.append(Result(f"bytes: header of an upload, of its tensors, {name}", 100 * one["up header"], "%"))
-    for way, what in (("down", "a broadcast"), ("up", "an upload")):
-        share = 100 * usual["FedIT"][f"{way} flower"]
-        results.append(Result(f"bytes: Flower's objects around {what}, of its tensors", share, "%"))
-    results.append(Result("bytes: the adapter's tensors", usual["FedIT"]["tensors"] / 1e3, "kB"))
-    for what, found in by_count.items():
-        for n in [n for n in counts if n > USUAL]:
-            figure = found[n]["seconds"] / found[USUAL]["seconds"]
-            results.append(Result(f"server: CPU time a client, {n} clients / {USUAL}, {what}", figure, "x", 1.1))
-    both = usual["FedRot"]["seconds"] / usual["FedIT"]["seconds"]
-    results.append(Result(f"server: CPU time, FedRot / FedIT, {USUAL} clients, measured", both, "x"))
-    for what, found in by_count.items():
-        for n in counts:
-            results.append(Result(f"server: CPU time a client, {n} clients, {what}", 1e3 * found[n]["seconds"], "ms"))
-    for what, found in by_count.items():
-        for n in [n for n in counts if n > USUAL]:
-            figure = found[n]["peak"] / found[USUAL]["peak"]
-            results.append(Result(f"memory: peak, {n} clients / {USUAL}, {what}", figure, "x", 1.1))
-    for what, found in by_count.items():
-        for n in counts:
+    any_of_them = next(iter(usual.values()))
+    for way, words in (("down", "a broadcast"), ("up", "an upload")):
+        share = 100 * any_of_them[f"{way} flower"]
+        results.append(Result(f"bytes: Flower's objects around {words}, of its tensors", share, "%"))
+    results.append(Result("bytes: the adapter's tensors", any_of_them["tensors"] / 1e3, "kB"))
+    for what, by_count in found.items():
+        # Up to diagnostics.exact_clients errors are measured in another way.
+        alike = [n for n in counts if n >= (USUAL if what == "not measured" else SKETCHED)]
+        for n in alike[1:]:
+            one, other = by_count[n], by_count[alike[0]]
+            about = f"{n} clients / {alike[0]}, {what}"
+            results.append(Result(f"server: CPU time a client, {about}", one["seconds"] / other["seconds"], "x", 1.1))
+            results.append(Result(f"memory: peak of the server, {about}", one["peak"] / other["peak"], "x", 1.1))
+    for what in MEASURED:
+        both = usual[f"FedRot, {what}"]["seconds"] / usual[f"FedIT, {what}"]["seconds"]
+        results.append(Result(f"server: CPU time, FedRot / FedIT, {USUAL} clients, {what}", both, "x"))
+    for what, by_count in found.items():
+        for n, one in by_count.items():
+            results.append(Result(f"server: CPU time a client, {n} clients, {what}", 1e3 * one["seconds"], "ms"))
+    for what, by_count in found.items():
+        for n, one in by_count.items():
             about = f"memory: beyond that before the round, {n} clients, {what}"
-            results.append(Result(about, found[n]["held"], "uploads"))
-    last = in_process("fedrot", BACKWARDS, 0, backwards=True)["held"]
-    results.append(Result(f"memory: the same, {BACKWARDS} clients, the last of them answers first", last, "uploads"))
+            results.append(Result(about, one["held"], "uploads"))
+    about = f"memory: the same, {BACKWARDS} clients, the last of them answers first"
+    for setting in ({}, {"MALLOC_MMAP_THRESHOLD_": "131072"}):
+        held = in_process("fedrot", BACKWARDS, 0, backwards=True, **setting)["held"]
+        words = "".join(f", {name}={value}" for name, value in setting.items())
+        results.append(Result(about + words, held, "uploads"))
     return results
 
 
@@ -164,7 +178,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What a round between sites costs beside training.")
     parser.add_argument("--counts", default="3,30,300,1000", help="numbers of clients; 30 among them")
     parser.add_argument("--out", type=Path, default=WRITTEN)
-    parser.add_argument("--rounds", type=int, default=6, help="of the run between real processes; 0: none")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=6,
+        help="of the run between real processes; 0: none, what is written of it is kept",
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     call = parser.parse_args()
     torch.set_num_threads(1)
@@ -172,8 +191,7 @@ def main() -> None:
         print(json.dumps(measure(*json.loads(call.one))))
         return
     results = load([int(n) for n in call.counts.split(",")])
-    if call.rounds:
-        results += phases(call.rounds)
+    results += phases(call.rounds) if call.rounds else kept(call.out)
     about: dict[str, Any] = machine()
     show(results, about)
     lines = {
@@ -181,6 +199,17 @@ def main() -> None:
         "figures": [{"name": r.name, "figure": r.figure, "unit": r.unit} for r in results if r.goal is None],
     }
     call.out.write_text(json.dumps({**lines, "machine": about}, indent=1) + "\n")
+
+
+def kept(path: Path) -> list[Result]:
+    """What was measured between real processes, as it is written."""
+    if not path.exists():
+        return []
+    written = json.loads(path.read_text())
+    lines = [
+        {key: value for key, value in one.items() if key != "holds"} for one in written["figures"] + written["results"]
+    ]
+    return [Result(**one) for one in lines if one["name"].startswith("phases: ")]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """docs/performance.md and its figure, from the committed figures of `make bench`. Run: make results.
 
-docs/results/performance.json is build/bench.json as `make bench DATA=folder`, with sst2/ and gsm8k/ in it, left it.
+docs/results/performance.json is build/bench.json as `make bench DATA=folder`, with sst2/ and gsm8k/ in it, left it;
+network.json is written there by `make bench-network`.
 """
 
 import json
@@ -13,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 DOCS = Path(__file__).parents[1] / "docs"
-WRITTEN = DOCS / "results" / "performance.json"
+WRITTEN, NETWORK = DOCS / "results" / "performance.json", DOCS / "results" / "network.json"
 Found = Mapping[str, Any]
 STEPS = "1. of it with "
 SHARES = "2. time in "
@@ -38,19 +39,19 @@ def table(found: Found, starts: Sequence[str]) -> str:
             unit = one.get("unit") or ""
             goal = "" if one["goal"] is None else f"{'≥' if one['at_least'] else '≤'} {one['goal']:g} {unit}".rstrip()
             holds = "" if one["goal"] is None else ("yes" if one["holds"] else "**no**")
-            name = re.sub(r"^(\d\. |threads: |workers: )", "", one["name"])
+            name = re.sub(r"^(\d\. |threads: |workers: |bytes: |server: |memory: |phases: )", "", one["name"])
             rows.append(f"| {name} | {one['figure']:.3g} {unit} | {goal} | {holds} |")
     return "\n".join(rows)
 
 
 def page(found: Found) -> str:
     """The whole page: the text of performance_page.md around the tables."""
-    about = found["machine"]
+    network = read(NETWORK)
     return (
         (Path(__file__).parent / "performance_page.md")
         .read_text()
         .format(
-            machine=", ".join(f"{key} {value}" for key, value in about.items()),
+            machine=_machine(found),
             rounds=table(found, ["1. "]),
             throughput=table(found, ["2. "]),
             clients=table(found, ["3. "]),
@@ -58,8 +59,17 @@ def page(found: Found) -> str:
             price=table(found, ["5. "]),
             cores=table(found, ["threads: ", "workers: "]),
             others=table(found, ["flexlora", "the same:", "import"]),
+            network_machine=_machine(network),
+            network_bytes=table(network, ["bytes: "]),
+            network_server=table(network, ["server: "]),
+            network_memory=table(network, ["memory: "]),
+            network_phases=table(network, ["phases: "]),
         )
     )
+
+
+def _machine(found: Found) -> str:
+    return ", ".join(f"{key} {value}" for key, value in found["machine"].items())
 
 
 def draw(found: Found, out: Path) -> None:

@@ -1,7 +1,8 @@
 """What compressed uploads cost in precision and save in bytes, on recorded uploads of VADER and MiniLM.
 
-Run: python benchmarks/uploads.py. Prints a table; every codec gets the very same uploads. `factors` rounds the
-factors themselves to bfloat16, for comparison with rounding their change.
+Run: python benchmarks/uploads.py. Writes docs/results/uploads.csv, which the table of docs/methods.md is held to; every
+codec gets the very same uploads. `factors` rounds the factors themselves to bfloat16, for comparison with rounding
+their change.
 
 bytes: of a payload, of float32's. change: ||mean that arrived - mean||, of the norm of the mean's change, over rounds.
 sum: the same of the changes of all rounds together. update: ||s Bbar Abar of what arrived - s Bbar Abar||, of the norm
@@ -9,7 +10,9 @@ of the ideal update, as the aggregation error is given; averaging is that error.
 """
 
 import argparse
+import csv
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,10 +24,21 @@ from fedrot.core.packed import Layout
 from fedrot.core.reduce import Reduction
 from fedrot.core.seeding import generator
 from recorded import Recorded, Setting, record
+from table import markdown
 
+WRITTEN = Path(__file__).parents[1] / "docs" / "results" / "uploads.csv"
 PARTS = frozenset({"a", "b"})
 CODECS: tuple[Codec, ...] = ("bf16", "int8")
-LINES = ("factors", "bf16", "bf16 feedback", "int8", "int8 feedback")
+LINES = {
+    "factors": "factors as bf16, for comparison",
+    "bf16": "bf16 without feedback",
+    "bf16 feedback": "bf16",
+    "int8": "int8 without feedback",
+    "int8 feedback": "int8",
+}
+NUMBERS = ("bytes", "change", "sum", "update", "averaging")
+OPTIMIZERS = ("adamw", "sgd")
+Rows = Sequence[Mapping[str, str]]
 
 
 def arrivals(rounds: Sequence[Recorded], codec: Codec, feedback: bool) -> Iterator[list[Adapter]]:
@@ -85,20 +99,51 @@ def measure(rounds: Sequence[Recorded], what: str) -> dict[str, float]:
     }
 
 
+def read(path: Path = WRITTEN) -> Rows:
+    """The rows that were written."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(rows: Rows, rank: str = "4") -> str:
+    """The table of docs/methods.md: bytes, and what is lost of a round's change and of all rounds'."""
+    mine = {(row["line"], row["optimizer"]): row for row in rows if row["rank"] == rank}
+    both = f"({', '.join(OPTIMIZERS)})"
+    lines = [["", "bytes", f"lost in a round {both}", f"lost of three rounds' sum {both}"]]
+    for what, words in LINES.items():
+        lost = [
+            ", ".join(percent(float(mine[what, optimizer][key])) for optimizer in OPTIMIZERS)
+            for key in ("change", "sum")
+        ]
+        lines.append([words, f"{100 * float(mine[what, OPTIMIZERS[0]]['bytes']):.3g}%", *lost])
+    return markdown(lines)
+
+
+def percent(value: float) -> str:
+    """With two digits behind the point below 100%."""
+    return f"{100 * value:.2f}%" if value < 1 else f"{100 * value:.0f}%"
+
+
 def main() -> None:
-    """Measure and print."""
+    """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--ranks", default="4,64")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=WRITTEN)
     call = parser.parse_args()
     torch.set_num_threads(call.threads)
-    for rank in map(int, call.ranks.split(",")):
-        for optimizer in ("adamw", "sgd"):
-            rounds = list(record(Setting("vader", optimizer, rank, "common", 0), None, call.steps))
-            for what in LINES:
-                cells = (f"{key} {value:.3%}" for key, value in measure(rounds, what).items())
-                print(f"rank {rank} {optimizer:5} {what:13}", *cells, sep="  ", flush=True)
+    with call.out.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["rank", "optimizer", "line", *NUMBERS])
+        for rank in map(int, call.ranks.split(",")):
+            for optimizer in OPTIMIZERS:
+                rounds = list(record(Setting("vader", optimizer, rank, "common", 0), None, call.steps))
+                for what in LINES:
+                    found = measure(rounds, what)
+                    cells = (f"{key} {found[key]:.3%}" for key in NUMBERS)
+                    print(f"rank {rank} {optimizer:5} {what:13}", *cells, sep="  ", flush=True)
+                    writer.writerow([rank, optimizer, what, *(f"{found[key]:.6g}" for key in NUMBERS)])
 
 
 if __name__ == "__main__":

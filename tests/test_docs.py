@@ -116,6 +116,31 @@ def test_the_benchmark_of_compressed_uploads_tells_the_codecs_apart() -> None:
         assert found[f"{codec} feedback"]["sum"] < found[codec]["sum"]
 
 
+def test_the_table_of_compressed_uploads_is_that_of_the_committed_file() -> None:
+    import uploads
+
+    rows, text = uploads.read(), (ROOT / "docs" / "methods.md").read_text()
+    assert {(row["rank"], row["optimizer"], row["line"]) for row in rows} == {
+        (rank, optimizer, line) for rank in ("4", "64") for optimizer in uploads.OPTIMIZERS for line in uploads.LINES
+    }
+    assert uploads.table(rows) in text
+    (int8,) = (r for r in rows if (r["rank"], r["optimizer"], r["line"]) == ("4", "adamw", "int8 feedback"))
+    said = f"`int8` is off by {float(int8['update']):.1%} where averaging loses {float(int8['averaging']):.0%} (adamw)."
+    assert said in " ".join(text.split())
+
+
+def test_the_benchmark_of_messages_counts_what_a_round_sends() -> None:
+    import network
+
+    loud, quiet = (network.measure("fedrot", 2, every, backwards=every == 0) for every in (1, 0))
+    tensors = 4 * network.LAYERS * network.RANK * 2 * network.WIDTH + 4 * 2 * (network.WIDTH + 1)
+    assert loud["tensors"] == tensors
+    assert (loud["down payload"], quiet["down payload"], quiet["up payload"]) == (1, 1, 1)
+    assert loud["up payload"] == pytest.approx(1 + 4 * network.LAYERS * network.RANK**2 / tensors)
+    assert loud["up header"] > 10 * quiet["up header"] > 0
+    assert min(loud["seconds"], quiet["seconds"], loud["up flower"]) > 0
+
+
 def test_the_paper_s_page_names_every_recipe_of_it_and_no_other() -> None:
     from fedrot.running.recipe_library import recipes
 

@@ -1,7 +1,9 @@
 """Real processes over TLS: three clients with keys, ended and started again on the way, and what comes of it."""
 
+import contextlib
 import os
 import random
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +56,8 @@ def test_a_run_survives_a_client_and_the_server_and_is_the_simulation_s(
         for name in SITES:  # the clients are left the result, and the models were loaded once a process
             (run,) = [path for path in (tmp_path / "sites" / name).iterdir() if (path / "adapter").exists()]
             assert adapter(run) == adapter(sites.out)
+            said = (tmp_path / "sites" / name / "worker.log").read_text()
+            assert said.count("joined the run") == said.count("listens at") == sites.starts[name]
         assert {e.client for e in read_exchanges(sites.out)} == set(SITES)
 
 
@@ -74,7 +78,13 @@ def test_random_kills_of_any_process_lose_nothing(values: dict[str, Any], tiny_d
 
 
 def _kill_one(sites: Fleet, rng: random.Random) -> str:
-    """End one of the processes that run now, whichever it is."""
-    pid, name = rng.choice(sorted(sites.processes().items(), key=lambda item: item[1]))
-    os.kill(pid, 9)
+    """End one of the processes that run now: each kind alike, the server as often as all clients together."""
+    running: dict[str, list[int]] = {}
+    for pid, name in sorted(sites.processes().items()):
+        kind = name.partition(": ")[2] or ("server" if name == "server" else "client")
+        running.setdefault(kind, []).append(pid)
+    pid = rng.choice(running[rng.choice(sorted(running))])
+    name = sites.processes().get(pid, "what ended just now")
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
     return name

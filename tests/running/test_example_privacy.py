@@ -187,7 +187,7 @@ def test_what_is_made_of_private_factors_needs_no_more_noise(
 def test_sites_train_as_the_simulation_does_and_are_not_asked_for_more(
     tiny_values: dict[str, Any], tiny_data: Path, tmp_path: Path
 ) -> None:
-    flags = private(0.5, *ONE_BY_ONE)
+    flags = private(0.5, *ONE_BY_ONE, "--evaluation.every", "0")
     sites = LocalPost(divide_files(tiny_data, tmp_path / "data"), tmp_path / "memory")
     between = deployed(tiny_values, sites, *flags)
     assert between.engine.held == dict.fromkeys(CLIENTS, 60)

@@ -52,7 +52,7 @@ def test_a_message_is_one_array_of_about_the_tensors_size(made: Made) -> None:
     engine.join()
     tiny.play(1)
     sent = [message for message in grid.sent if message.metadata.message_type == "train"]
-    arrays = [array for message in sent for record in message.content.array_records.values() for array in record.values()]
+    arrays = [message.content["fedrot.payload"]["bytes"] for message in sent]
     assert {array.shape for array in arrays} == {(tiny.adapter.bytes(),)}
     assert {len(array.data) for array in arrays} == {tiny.adapter.bytes()}
     # A broadcast is held, hashed and sent to the SuperLink once, however many clients there are.

@@ -64,7 +64,7 @@ def test_without_a_fault_all_uploads_are_used(known: Known) -> None:
         (says(held=61), "it says 61 examples are held, the site said 60 on joining"),
         (says(held=0), "it says 0 examples"),
         (says(used=0), "examples used must be a positive whole number, got 0"),
-        (says(used=25), "it says 25 rows were used, a round of 60 examples has 24"),
+        (says(used=25), "it says 25 rows were used, 60 examples give 24 at most"),
         (says(used="24"), "used must be of type int"),
         (says(used=None), "used must be of type int"),
         (says(turned=1), "turned must be of type bool"),

@@ -143,7 +143,7 @@ def restarted(there: Tiny, post: LocalPost, state: ServerState, rounds: int) -> 
     return Tiny(there.recipe, there.ready, engine, state, records=there.records[:rounds])  # type: ignore[arg-type]
 
 
-@stateful
+@pytest.mark.parametrize("flags", [*STATEFUL, ("--method.name", "flora")])  # whose rounds change sites' base models
 def test_a_server_that_starts_again(flags: tuple[str, ...], tiny_values: dict[str, Any], post: LocalPost) -> None:
     flags = ("--rounds", str(ROUNDS), *flags)
     there = deployed(tiny_values, post, *flags).play()

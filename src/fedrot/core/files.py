@@ -32,8 +32,8 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove the files and folders `.*.tmp` below `folder`, which processes left that died while they wrote them or took
-    them away; nobody else may be writing there.
+    """Remove the files and folders `.*.tmp` below `folder`, which processes left that died while they wrote or removed
+    something; nobody else may be writing there.
     """
     for path in sorted(folder.rglob(".*.tmp")):
         if path.is_dir():

@@ -9,8 +9,8 @@ class DiagnosticsSettings:
     """What is measured about the aggregation of a round."""
 
     every: int = 1
-    """Measure in every n-th round; 0 switches the measurement off. Clients send drift and rotations, which serve nothing
-    else, in rounds that are measured."""
+    """Measure in every n-th round; 0 switches the measurement off. In rounds that are measured clients send drift and
+    rotations too, which serve nothing else."""
     exact_clients: int = 32
     """Up to this many uploads in a round, errors are exact (the uploads are held until the round ends); above it,
     a streamed random sketch estimates them in memory that does not grow with the clients."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedrot.core.adapter import Adapter, part_of
 from fedrot.core.alignment import Rotations, rotate
-from fedrot.core.compression import Compressed, compress
+from fedrot.core.compression import compress
 from fedrot.core.diagnostics import measured
 from fedrot.core.drift import client_drift
 from fedrot.core.errors import AdapterError
@@ -106,17 +106,14 @@ def finish_round(begun: Begun, local: LocalResult, broadcast: Broadcast, recipe:
     if variate:
         own, change = variate.after(local.gradient, result.rotation, parts)
         kept |= {VARIATE + name: tensor for name, tensor in own.items()}
-    sent, payload = only_travelling(result.adapter, broadcast.adapter, parts), None
-    sent = guarded(sent, broadcast.adapter, parts, recipe, *begun.job.key)
     spent = {"train": seconds, "align": aligned - ended, "diagnose": done - aligned}
-    if recipe.federation.compression != "none":
-        since = time.perf_counter()
-        made = _compressed(begun, sent, broadcast, recipe)
-        sent, payload = made.adapter, made.payload
+    since = time.perf_counter()
+    sent, payload, lost = _sent(begun, only_travelling(result.adapter, broadcast.adapter, parts), broadcast, recipe)
+    if payload is not None:
+        spent["compress"] = time.perf_counter() - since
         if recipe.federation.feedback:
             # Parts that did not travel in this round keep what they lost in an earlier one.
-            kept |= {LOST + name: tensor for name, tensor in {**begun.lost, **made.lost}.items()}
-        spent["compress"] = time.perf_counter() - since
+            kept |= {LOST + name: tensor for name, tensor in {**begun.lost, **lost}.items()}
     upload = Upload(
         client=name,
         adapter=sent,
@@ -133,23 +130,27 @@ def finish_round(begun: Begun, local: LocalResult, broadcast: Broadcast, recipe:
 
 def _noise_alone(begun: Begun, broadcast: Broadcast, recipe: Recipe) -> Round:
     """What a client sends in local mode that has nothing usable: that it failed would say something of its data."""
-    parts = travelling_parts(recipe, broadcast.round)
-    sent, payload = guarded(broadcast.adapter, broadcast.adapter, parts, recipe, *begun.job.key), None
-    if recipe.federation.compression != "none":
-        made = _compressed(begun, sent, broadcast, recipe)
-        sent, payload = made.adapter, made.payload
+    sent, payload, _ = _sent(begun, broadcast.adapter, broadcast, recipe)
     return Round(Upload(begun.client.name, sent, held=0, used=0), {}, begun.start, payload)
 
 
-def _compressed(begun: Begun, adapter: Adapter, broadcast: Broadcast, recipe: Recipe) -> Compressed:
-    """What travels of an adapter, and what the server makes of it."""
-    layout = Layout.of(broadcast.adapter, travelling_parts(recipe, broadcast.round))
+def _sent(
+    begun: Begun, adapter: Adapter, broadcast: Broadcast, recipe: Recipe
+) -> tuple[Adapter, Tensor | None, ClientState]:
+    """(what the server makes of an adapter that is sent to it, the bytes that travel where uploads are compressed, what
+    that lost). Raises `LocalFailure` where it cannot be compressed.
+    """
+    parts, codec = travelling_parts(recipe, broadcast.round), recipe.federation.compression
+    sent = guarded(adapter, broadcast.adapter, parts, recipe, *begun.job.key)
+    if codec == "none":
+        return sent, None, {}
     lost = begun.lost if recipe.federation.feedback else None
     rng = generator(*begun.job.key, "compress")
     try:
-        return compress(adapter, broadcast.adapter, layout, recipe.federation.compression, rng, lost)
+        made = compress(sent, broadcast.adapter, Layout.of(broadcast.adapter, parts), codec, rng, lost)
     except AdapterError as problem:
         raise LocalFailure(str(problem)) from None
+    return made.adapter, made.payload, made.lost
 
 
 def play_clients(

@@ -82,9 +82,10 @@ def in_order(results: Iterable[Upload | Failure], expected: Sequence[str]) -> It
     becomes a failure.
     """
     waiting: dict[str, Upload | Failure] = {}
-    place = 0
+    missing, place = set(expected), 0
     for result in results:
-        if result.client in expected and result.client not in waiting and result.client not in expected[:place]:
+        if result.client in missing:
+            missing.remove(result.client)
             waiting[result.client] = result
         while place < len(expected) and expected[place] in waiting:
             yield waiting.pop(expected[place])

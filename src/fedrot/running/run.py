@@ -15,7 +15,7 @@ from fedrot.running.checkpoint import Checkpoint, load_latest, load_round, save_
 from fedrot.running.choices import described
 from fedrot.running.engine import Engine
 from fedrot.running.folder import RunFolder
-from fedrot.running.prepare import first_adapter, prepare, versions
+from fedrot.running.prepare import Prepared, first_adapter, prepare, versions
 from fedrot.running.recipe import Recipe
 from fedrot.running.records import best_round
 from fedrot.running.rounds import Watcher, play
@@ -38,19 +38,17 @@ class Stage:
 def embedded(recipe: Recipe, folder: RunFolder) -> Stage:
     """Every client in this process."""
     ready = prepare(recipe)
+    return divided_stage(ready, Simulation(ready), described(ready.recipe))
+
+
+def divided_stage(ready: Prepared, engine: Engine, how: str) -> Stage:
+    """The stage of a run whose examples are all read here and divided among the clients of `engine`."""
     partition = ready.partition
     counts = {split: partition.counts(split) for split in ready.encoded}
     indices = {s: {c: i.tolist() for c, i in partition.indices[s].items()} for s in ready.encoded}
     cut = {split: data.cut for split, data in ready.encoded.items()}
     found = {"labels": partition.strata.names, "label_counts": counts, "indices": indices, "cut": cut}
-    return Stage(
-        ready.recipe,
-        Simulation(ready),
-        ready.model,
-        ready.identity(),
-        {"partition.json": found},
-        described(ready.recipe),
-    )
+    return Stage(ready.recipe, engine, ready.model, ready.identity(), {"partition.json": found}, how)
 
 
 def run(

@@ -115,7 +115,8 @@ class Simulation:
         """Score on fixed rows of the split; where models are personal, each client's rows by its own."""
         settings, data = self._recipe.evaluation, self._encoded[split]
         parts = self._partition.indices[split]
-        rows = chosen_rows(len(data), limit, self._recipe.seed, split)
+        held = np.sort(np.concatenate(list(parts.values())))  # all of it, but where other clients are elsewhere
+        rows = held[chosen_rows(len(held), limit, self._recipe.seed, split)]
         adapters = self._adapters(broadcast)
         how = How(settings.batch, self._recipe.local.precision, bool(self._recipe.compute.packing))
         return evaluate(partial(self._map, broadcast), adapters, data, split, parts, rows, how)

@@ -1,5 +1,6 @@
 """`fedrot run RECIPE [--out DIR] [--resume] [--rounds 5 --method.name fedit ...]`."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,10 @@ from fedrot.core.errors import FedrotError
 
 if TYPE_CHECKING:
     from fedrot.running.folder import RunFolder
+    from fedrot.running.recipe import Recipe
+    from fedrot.running.rounds import Watcher
+
+ENGINES = ("embedded", "flower-ray")
 
 DESCRIPTION = """\
 Run a federated fine-tuning recipe: a file, or one that comes with fedrot (see fedrot recipes). Every key of the recipe
@@ -25,6 +30,9 @@ class Call:
     out: Path | None
     resume: bool
     small: bool
+    engine: str
+    cpus: int
+    gpus: float
     flags: list[str]  # recipe keys
 
 
@@ -36,8 +44,15 @@ def read_call(words: Sequence[str]) -> Call:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0])
+    parser.add_argument("--ray.cpus", type=int, default=1, dest="cpus")
+    parser.add_argument("--ray.gpus", type=float, default=0.0, dest="gpus")
     own, flags = parser.parse_known_args(list(words[1:]))
-    return Call(Path(words[0]), own.out, own.resume, own.small, flags)
+    if own.engine == ENGINES[0] and (own.cpus, own.gpus) != (1, 0.0):
+        raise FedrotError(f"--ray.cpus and --ray.gpus are for --engine {ENGINES[1]}")
+    if own.cpus < 1 or not 0 <= own.gpus < float("inf"):
+        raise FedrotError("--ray.cpus must be at least 1, --ray.gpus at least 0")
+    return Call(Path(words[0]), **vars(own), flags=flags)
 
 
 def show_help(words: Sequence[str]) -> None:
@@ -53,6 +68,13 @@ def show_help(words: Sequence[str]) -> None:
     own.add_argument("--out", help="the run folder (default: runs/NAME)")
     own.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     own.add_argument("--small", action="store_true", help="the reduced run that the recipe describes under small:")
+    own.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="flower-ray: clients are nodes of Flower's simulation, on a Ray cluster (RAY_ADDRESS) or this machine's",
+    )
+    own.add_argument("--ray.cpus", type=int, help="CPUs that Ray keeps for a client that trains (default: 1)")
+    own.add_argument("--ray.gpus", type=float, help="GPUs likewise; 0.5: two clients share one (default: 0)")
     parser.print_help()
 
 
@@ -69,9 +91,21 @@ def main(words: Sequence[str]) -> int:
     recipe = read_recipe(call.recipe, call.flags, call.small)
     out = call.out or Path("runs") / recipe.name
     with make_watcher() as watcher:
-        folder = run(recipe, out, watcher, resume=call.resume)
+        if call.engine == ENGINES[1]:
+            folder = _on_ray(recipe, out, watcher, call)
+        else:
+            folder = run(recipe, out, watcher, resume=call.resume)
     conclude(folder)
     return 0
+
+
+def _on_ray(recipe: "Recipe", out: Path, watcher: "Watcher", call: Call) -> "RunFolder":
+    from fedrot.running.flower.tether import environment
+
+    os.environ.update({**environment(out / "flower"), "RAY_USAGE_STATS_ENABLED": "0"})  # before they are imported
+    from fedrot.running.flower.simulated import Share, run_on_ray
+
+    return run_on_ray(recipe, out, watcher, call.resume, Share(call.cpus, call.gpus))
 
 
 def conclude(folder: "RunFolder") -> None:

@@ -221,7 +221,7 @@ class Network:
         if upload.held != joined:
             raise RejectedUpload(f"upload: it says {upload.held} examples are held, the site said {joined} on joining")
         if upload.used > (most := most_rows(joined, self._recipe.local)):
-            raise RejectedUpload(f"upload: it says {upload.used} rows were used, a round of {joined} examples has {most}")
+            raise RejectedUpload(f"upload: it says {upload.used} rows were used, {joined} examples give {most} at most")
 
     def remember(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Which uploads went into the sum, by the records of the rounds so far: for a server that restarts."""

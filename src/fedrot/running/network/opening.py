@@ -21,12 +21,10 @@ from fedrot.running.settings import drawn_count
 SITES = "sites.json"  # in the run folder: the run's name at its sites, and its clients
 
 
-def check_for_sites(recipe: Recipe, clients: Sequence[str]) -> None:
-    """Refuse what a run between sites cannot do, with the reason. Raises `RecipeError`."""
+def check_asked(recipe: Recipe, where: str) -> None:
+    """Refuse what no run can do whose clients are asked by messages, with the reason. Raises `RecipeError`."""
     method = recipe.method
     check_real(recipe)
-    if known_labels(recipe.data) is None:
-        raise RecipeError("data.labels: a server sees no examples; give the labels' names in their order")
     for refused, key, why in (
         (method.capabilities.pooled, "method.name", f"{method.name} has one client that holds everything"),
         (
@@ -40,15 +38,26 @@ def check_for_sites(recipe: Recipe, clients: Sequence[str]) -> None:
             "sites have their own models of the last round alone; set it to last",
         ),
         (
-            recipe.privacy.mode != "none" and not recipe.privacy.secure,
-            "privacy.secure",
-            "whoever has the recipe could take the noise off; set it to true",
-        ),
-        (
             not told(recipe)[0] and bool(recipe.evaluation.scored),
             "evaluation.every",
             "scores of the sites' own examples have no noise, which privacy.mode would be undone by; set it to 0 and "
             "evaluation.final to null, and score the adapter by fedrot eval on examples that are yours",
+        ),
+    ):
+        if refused:
+            raise RecipeError(f"{key}: {where}, {why}")
+
+
+def check_for_sites(recipe: Recipe, clients: Sequence[str]) -> None:
+    """Refuse what a run between sites cannot do, with the reason. Raises `RecipeError`."""
+    check_asked(recipe, "between sites")
+    if known_labels(recipe.data) is None:
+        raise RecipeError("data.labels: a server sees no examples; give the labels' names in their order")
+    for refused, key, why in (
+        (
+            recipe.privacy.mode != "none" and not recipe.privacy.secure,
+            "privacy.secure",
+            "whoever has the recipe could take the noise off; set it to true",
         ),
         (
             recipe.data.made_up,

@@ -6,12 +6,13 @@ a site trains and keeps is what the embedded engine would for this one client.
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedrot import __version__
+from fedrot.core.adapter import Adapter
 from fedrot.core.errors import FedrotError, RecipeError, RunError
 from fedrot.core.files import remove_partial
 from fedrot.core.methods.base import ALL_PARTS, ClientState, Upload
@@ -56,30 +57,18 @@ class Site:
 
     def __init__(self, here: Here, folder: Path) -> None:
         self._here, self._folder = here, folder
-        self._seat: _Seat | None = None
+        self._seat: Seat | None = None
 
     def handle(self, request: Message) -> Message:
-        """The reply to a request: a refusal with the reason where there is no other. Never raises an `Exception`."""
-        try:
-            reply = self._reply(request)
-            reply.header_bytes()  # what cannot travel is refused here, where the reason is known
-        except FedrotError as problem:
-            return Message.refusal(str(problem))
-        except Exception as problem:
-            # The site is there for the next request. The text may tell of its data, so it stays here.
-            logging.getLogger("fedrot").exception("%s: a request could not be answered", self._here.name)
-            return Message.refusal(f"{self._here.name}: {type(problem).__name__}; the site's own log says where")
-        return reply
+        """The reply to a request; see `replied`."""
+        return replied(self._here.name, lambda: self._reply(request))
 
     def _reply(self, request: Message) -> Message:
-        kind = value_of(request.header, "kind", str)
-        if kind == "join":
+        if (kind := kind_of(request)) == "join":
             return self._join(request)
-        if kind not in _ANSWERS:
-            raise MessageError(f"a request of kind {shown(kind)} is not known to this version of fedrot")
         if self._seat is None:  # its process was started again: the server lets it join and repeats the request
             return Message.refusal(f"{self._here.name}: was not told the recipe yet; it must join first", join=True)
-        return _ANSWERS[kind](self._seat, request)
+        return ANSWERS[kind](self._seat, request)
 
     def _join(self, request: Message) -> Message:
         """Take the recipe on, load what it needs, and say what there is."""
@@ -95,7 +84,9 @@ class Site:
             raise MessageError(f"the run's name must be of letters and digits, got {shown(run)}")
         if self._seat is None or self._seat.asked != (run, recipe):
             ready = prepare_site(recipe, self._here.name)
-            self._seat = _Seat((run, recipe), ready, self._folder / run)
+            # As loaded: rounds may change both.
+            form, base = ready.model.read(), ready.model.fingerprint()
+            self._seat = Seat((run, recipe), ready, self._folder / run, form, base)
             logging.getLogger("fedrot").info("%s: joined the run %s (%s)", self._here.name, run, recipe.name)
         return self._seat.introduction()
 
@@ -119,16 +110,24 @@ class Site:
         return recipe
 
 
-class _Seat:
-    """A site that has joined a run."""
+class Seat:
+    """A site that has joined a run.
 
-    def __init__(self, asked: tuple[str, Recipe], ready: Prepared, folder: Path) -> None:
+    Args:
+        asked: the run's name and recipe, as the site was told.
+        ready: what is loaded, with a partition of one client.
+        folder: where it keeps what it keeps.
+        form: the adapter of round 0.
+        base: the hash of the base model's weights.
+    """
+
+    def __init__(self, asked: tuple[str, Recipe], ready: Prepared, folder: Path, form: Adapter, base: str) -> None:
         self.asked, self._ready, self._folder = asked, ready, folder
         remove_partial(folder)
         self._memory = Memory(folder)
         self._engine = Simulation(ready)
         (self._name,) = self._engine.clients
-        self._form = ready.model.read()
+        self._form, self._base = form, base
         self._last: tuple[int, Round] | None = None
         self._sum: Participant | None = None
         if ready.recipe.secure.aggregation:
@@ -136,14 +135,15 @@ class _Seat:
 
     def introduction(self) -> Message:
         """What the server must know before it lets the site take part."""
-        ready, splits = self._ready, self._ready.dataset.splits
+        ready = self._ready
+        counts = {split: len(mine.get(self._name, ())) for split, mine in ready.partition.indices.items()}
         return Message.of(
             fedrot=__version__,
             client=self._name,
             schema=Layout.of(self._form, ALL_PARTS).schema,
-            model=ready.model.fingerprint(),
+            model=self._base,
             labels=list(ready.dataset.labels),
-            examples={split: len(splits[split]) for split in counted(ready.recipe, splits)},
+            examples={split: counts[split] for split in counted(ready.recipe, counts)},
         )
 
     def train(self, request: Message) -> Message:
@@ -226,5 +226,27 @@ class _Seat:
         return accepted, state
 
 
-_ANSWERS = {"train": _Seat.train, "answer": _Seat.answer, "evaluate": _Seat.evaluate, "finish": _Seat.finish}
-_ANSWERS |= dict.fromkeys(STAGES, _Seat.stage)
+ANSWERS = {"train": Seat.train, "answer": Seat.answer, "evaluate": Seat.evaluate, "finish": Seat.finish}
+ANSWERS |= dict.fromkeys(STAGES, Seat.stage)
+
+
+def kind_of(request: Message) -> str:
+    """What is asked. `MessageError` for what no site answers."""
+    kind: str = value_of(request.header, "kind", str)
+    if kind != "join" and kind not in ANSWERS:
+        raise MessageError(f"a request of kind {shown(kind)} is not known to this version of fedrot")
+    return kind
+
+
+def replied(name: str, reply: Callable[[], Message]) -> Message:
+    """The reply, or a refusal with the reason where there is none. Never raises an `Exception`."""
+    try:
+        found = reply()
+        found.header_bytes()  # what cannot travel is refused here, where the reason is known
+    except FedrotError as problem:
+        return Message.refusal(str(problem))
+    except Exception as problem:
+        # The site is there for the next request. The text may tell of its data, so it stays here.
+        logging.getLogger("fedrot").exception("%s: a request could not be answered", name)
+        return Message.refusal(f"{name}: {type(problem).__name__}; the site's own log says where")
+    return found
