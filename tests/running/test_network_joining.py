@@ -218,3 +218,26 @@ def test_what_the_site_says_itself_wins(post: LocalPost, tiny_values: dict[str, 
     assert reply.refused is None
     assert reply.header["examples"]["train"] == 60
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({}, None),
+        ({"name": "other", "checkpoint": {"keep": 7}, "compute": {"workers": 64}, "data": {"path": "/else"}}, None),
+        ({"local": {"lr": 0.5}}, "local.lr 0.01, the server's recipe has 0.5"),
+        ({"rounds": 99}, "rounds 3, the server's recipe has 99"),
+        ({"method": {"name": "fedit"}}, "method.name 'fedrot', the server's recipe has 'fedit'"),
+    ],
+)
+def test_a_site_takes_part_in_no_other_recipe_than_was_agreed_on(
+    change: dict[str, Any],
+    key: str | None,
+    post: LocalPost,
+    tiny_values: dict[str, Any],
+    recipe_file: Any,
+    tmp_path: Path,
+) -> None:
+    here = Here("music", post.folders["music"], compute={"threads": 1}, recipe=str(recipe_file()))
+    reply = Site(here, tmp_path / "state").handle(request(values_of(tiny_values, **change)))
+    assert reply.refused is None if key is None else f"music has agreed to {key}" in str(reply.refused)

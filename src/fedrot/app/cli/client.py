@@ -39,6 +39,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="where to compute (default: a GPU if there is one)")
     parser.add_argument("--threads", type=int, help="threads to compute with (default: one a core)")
     parser.add_argument("--secure", action="store_true", help="take part in runs with secure.aggregation only")
+    parser.add_argument("--recipe", type=Path, help="the recipe that was agreed on: no other is taken part in")
     parser.add_argument("--once", action="store_true", help="end when a run is over")
     call = parser.parse_args(list(words))
     if not call.data.is_dir():
@@ -61,7 +62,13 @@ def main(words: Sequence[str]) -> int:
 
     name = client_key(call.key)
     compute: dict[str, Any] = {key: getattr(call, key) for key in ("device", "threads") if getattr(call, key)}
-    here = Here(name, call.data.absolute(), call.model, compute, call.secure)
+    agreed = None
+    if call.recipe is not None:
+        from fedrot.running.recipe_file import read_recipe
+
+        read_recipe(call.recipe, ())  # what is wrong with it is said now
+        agreed = str(call.recipe.absolute() if call.recipe.exists() else call.recipe)
+    here = Here(name, call.data.absolute(), call.model, compute, call.secure, agreed)
     server = call.server if ":" in call.server.rpartition("]")[2] else f"{call.server}:{_PORT}"
     over = threading.Event()
     with contextlib.ExitStack() as stack:

@@ -18,6 +18,7 @@ from fedrot.core.files import remove_partial
 from fedrot.core.methods.base import ALL_PARTS, ClientState, Upload
 from fedrot.core.packed import Layout
 from fedrot.core.products import joined
+from fedrot.running.choices import adopted
 from fedrot.running.client import Round, keeps_state
 from fedrot.running.network.memory import Memory
 from fedrot.running.network.messages import Message, MessageError, count_of, shown, value_of
@@ -31,7 +32,7 @@ from fedrot.running.network.tensors import (
 from fedrot.running.prepare import Prepared, prepare_site
 from fedrot.running.privacy import counted, told
 from fedrot.running.recipe import Recipe
-from fedrot.running.recipe_file import parse_recipe
+from fedrot.running.recipe_file import changed_key, parse_recipe, read_recipe
 from fedrot.running.secure import SecureSum
 from fedrot.running.simulation import Simulation
 
@@ -48,6 +49,7 @@ class Here:
     model: str | None = None  # its copy of the base model, as model.path
     compute: Mapping[str, Any] | None = None  # keys of the section compute
     secure: bool = False  # whether it takes part in runs with secure.aggregation only
+    recipe: str | None = None  # the file of the recipe that was agreed on: it takes part in no other
 
 
 class Site:
@@ -91,8 +93,27 @@ class Site:
         return self._seat.introduction()
 
     def _recipe(self, values: dict[str, Any]) -> Recipe:
-        """The server's recipe with what is the site's own."""
-        here, source = self._here, "the server's recipe"
+        """The server's recipe with what is the site's own, if it is the one that was agreed on."""
+        source = "the server's recipe"
+        recipe = parse_recipe(self._own(values), source=source)
+        for key in ("train", "validation", "test"):
+            name = Path(getattr(recipe.data, key) or "")
+            if name.is_absolute() or ".." in name.parts:
+                raise RecipeError(f"{source}: data.{key}: {str(name)!r} is not in the site's own folder of data")
+        if self._here.recipe is not None:
+            agreed = parse_recipe(self._own(read_recipe(Path(self._here.recipe), ()).to_dict()))
+            was, asked = (_that_matters(r) for r in (adopted(agreed, recipe), recipe))
+            if change := changed_key(was, asked):
+                key, mine, theirs = change
+                raise RunError(
+                    f"{self._here.name} has agreed to {key} {shown(mine)}, {source} has {shown(theirs)}; run it "
+                    "as it was agreed on, or agree on another one"
+                )
+        return recipe
+
+    def _own(self, values: dict[str, Any]) -> dict[str, Any]:
+        """A recipe's values with what is the site's own."""
+        here = self._here
         own: dict[str, dict[str, Any]] = {"data": {"path": str(here.data)}}
         if here.model is not None:
             own["model"] = {"path": here.model}
@@ -102,12 +123,13 @@ class Site:
             changed[section] = {**found, **keys} if isinstance(found, dict) else found
         changed["compute"] = dict(here.compute or {})
         changed["init"] = None  # the server sends what clients start from
-        recipe = parse_recipe(changed, source=source)
-        for key in ("train", "validation", "test"):
-            name = Path(getattr(recipe.data, key) or "")
-            if name.is_absolute() or ".." in name.parts:
-                raise RecipeError(f"{source}: data.{key}: {str(name)!r} is not in the site's own folder of data")
-        return recipe
+        return changed
+
+
+def _that_matters(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe has an effect at a site."""
+    servers = ("name", "partition", "checkpoint", "tracking")
+    return {key: value for key, value in recipe.to_dict().items() if key not in servers}
 
 
 class Seat:
