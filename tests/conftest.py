@@ -148,7 +148,7 @@ def recipe_file(tiny_values: dict[str, Any], tmp_path: Path) -> Callable[..., Pa
 
 
 # Files whose tests take minutes: begun first, so that no process is left with one of them at the end.
-LONG = ("test_readme.py", "test_recipes.py")
+LONG = ("test_benchmark.py", "test_readme.py", "test_recipes.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

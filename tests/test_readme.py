@@ -86,30 +86,6 @@ def test_the_printed_outputs_are_real_ones() -> None:
     assert "@" not in plain
 
 
-def test_the_benchmark_runs_at_reduced_size_and_writes_its_table(tmp_path: Path) -> None:
-    import json
-
-    written = ROOT / "build" / "bench.json"
-    kept = written.read_bytes() if written.exists() else None
-    try:
-        sizes = "--repeats 1 --steps 1 --clients 2 --limit 32 --scale 2,4 --total 4 --width 512"
-        words = f"{sys.executable} {ROOT}/benchmarks/run.py {sizes}"
-        done = call(words, tmp_path)
-        assert done.returncode == 0, done.stderr
-        results = json.loads(written.read_text())["results"]
-    finally:
-        if kept is not None:
-            written.write_bytes(kept)
-    names = {r["name"] for r in results}
-    assert {name[:2] for name in names if name[0].isdigit()} == {"1.", "2.", "3.", "4.", "5."}
-    assert "import fedrot" in names
-    for result in results:
-        assert set(result) == {"name", "figure", "unit", "goal", "at_least", "holds"}
-        above, below = result["figure"] >= result["goal"], result["figure"] <= result["goal"]
-        assert result["holds"] == (above if result["at_least"] else below)
-        assert result["name"] in done.stdout
-
-
 def test_the_picture_comes_from_the_committed_results(tmp_path: Path) -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import frames

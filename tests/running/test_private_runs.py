@@ -151,10 +151,10 @@ def test_a_local_upload_holds_its_noisy_change_and_nothing_else(tiny_values: dic
     tiny.engine.uploads.clear()
     tiny.play()
     assert {f.name for f in fields(Upload)} == {
-        *("client", "adapter", "held", "used", "rotation", "metrics", "layers", "seconds", "variate")
+        *("client", "adapter", "held", "used", "rotation", "metrics", "layers", "seconds", "variate", "unturned")
     }
     for upload in tiny.engine.uploads:
-        assert (upload.held, upload.used, upload.variate) == (0, 0, None)
+        assert (upload.held, upload.used, upload.variate, upload.unturned) == (0, 0, None, None)
         assert [upload.rotation, upload.metrics, upload.layers, upload.seconds] == [{}, {}, {}, {}]
         noise = change(upload.adapter, before)
         assert spread(noise) == pytest.approx(1.0, rel=0.1)
