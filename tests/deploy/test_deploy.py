@@ -1,6 +1,7 @@
 """Real processes over TLS: three clients with keys, ended and started again on the way, and what comes of it."""
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -59,6 +60,30 @@ def test_a_run_survives_a_client_and_the_server_and_is_the_simulation_s(
             said = (tmp_path / "sites" / name / "worker.log").read_text()
             assert said.count("joined the run") == said.count("listens at") == sites.starts[name]
         assert {e.client for e in read_exchanges(sites.out)} == set(SITES)
+
+
+def test_a_buffered_run_goes_on_without_a_slow_client_and_hears_it_late(
+    values: dict[str, Any], tiny_data: Path, tmp_path: Path
+) -> None:
+    values = values_of(values, rounds=8, federation={"buffer": 2}, evaluation={"every": 0})
+    with fleet(tmp_path, tiny_data, values) as sites:
+        sites.until(lambda: sites.rounds() >= 1)
+        (worker,) = [pid for pid, name in sites.processes().items() if name == "films: worker"]
+        os.kill(worker, signal.SIGSTOP)
+        sites.until(lambda: sites.rounds() >= 3)
+        sites.kill("server")
+        sites.until(lambda: sites.starts["server"] == 2)
+        time.sleep(5.0)
+        os.kill(worker, signal.SIGCONT)
+        sites.until(sites.finished)
+        records = [json.loads(line) for line in (sites.out / "metrics.jsonl").read_text().splitlines()]
+        assert [len(record["clients"]["used"]) for record in records] == [2] * 8
+        assert max(record["clients"]["late"].get("films", 0) for record in records) >= 2
+        # It trained once from a broadcast, and was asked again only when the server was started again.
+        said = (tmp_path / "sites" / "films" / "worker.log").read_text().splitlines()
+        trained = [line.split("train of ")[1].split(":")[0] for line in said if "train of " in line and " s" in line]
+        assert len(trained) == len(set(trained))
+        assert sum("the reply is given again" in line for line in said) <= 2
 
 
 def test_random_kills_of_any_process_lose_nothing(values: dict[str, Any], tiny_data: Path, tmp_path: Path) -> None:

@@ -250,13 +250,19 @@ def test_clients_that_there_are_not_are_refused(tiny_values: dict[str, Any], tmp
         go(tiny_values, tmp_path / "run", "--federation.buffer=4")
 
 
-@pytest.mark.parametrize("key", ["buffer", "speeds", "spread"])
+@pytest.mark.parametrize("key", ["speeds", "spread"])
 def test_clients_at_sites_of_their_own_have_no_simulated_time(key: str, tiny_values: dict[str, Any]) -> None:
     recipe = parse_recipe(tiny_values, [f"--federation.{key}={'{books: 2}' if key == 'speeds' else 1}"])
     for refused in (lambda: check_real(recipe), lambda: run(recipe, FakeEngine(recipe.method, SIZES))):
         with pytest.raises(RecipeError, match=rf"federation\.{key}: time is simulated .* not between sites"):
             refused()
-    check_real(parse_recipe(tiny_values))
+    check_real(parse_recipe(tiny_values, ["--federation.buffer=2"]))
+
+
+def test_an_engine_without_time_has_no_buffer(tiny_values: dict[str, Any]) -> None:
+    recipe = parse_recipe(tiny_values, ["--federation.buffer=2"])
+    with pytest.raises(RecipeError, match=r"federation\.buffer: this engine hears its clients all together"):
+        run(recipe, FakeEngine(recipe.method, SIZES))
 
 
 def test_a_clock_comes_back_from_memory_bit_for_bit(make: Any) -> None:

@@ -1,12 +1,14 @@
 """Flower carries a run's messages: rounds over its grid are those of the simulation; nodes come, go and break."""
 
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
+from flwr.clientapp import ClientApp
 from local_grid import LocalGrid, key_of
 from network_sites import LocalPost, divide_files
 from test_network import ONE_BY_ONE
@@ -112,6 +114,48 @@ def test_a_deadline_ends_the_waiting(made: Made) -> None:
     assert found["music"] == "gave no answer within 0.05 s (federation.deadline)"
     assert isinstance(found["books"], Message)
     assert "is not known to this version" in (found["books"].refused or "")
+
+
+def test_who_stops_waiting_is_not_asked_twice_and_hears_what_was_taken(made: Made) -> None:
+    _, grid, _ = made
+    calls: list[str] = []
+
+    def counting(name: str) -> ClientApp:
+        return client_app(lambda request: calls.append(name) or Message.of(name=name, number=request.header["n"]))
+
+    grid.apps = {name: counting(name) for name in grid.apps}
+    grid.silent = {"music"}
+    post = GridPost(grid, None, pause=0.01)
+    one, two = Message.of([torch.ones(3)], kind="train", n=1), Message.of([torch.ones(3)], kind="train", n=2)
+    asked = post.ask(dict.fromkeys(grid.apps, one), None)
+    assert next(asked)[0] == "books"
+    asked.close()
+    grid.silent = set()
+    number = grid.sent[-1].metadata.message_id  # music's
+    late = post.ask({"films": Message(dict(one.header), one.payload.clone()), "music": one}, None)
+    client, reply = next(late)  # what was taken before
+    assert (client, reply.header["number"]) == ("films", 1)  # type: ignore[union-attr]
+    assert (calls, len(grid.sent)) == (["books", "films"], 3)
+    grid._replies[number] = counting("music")(grid.sent[-1], Context(1, 102, {}, RecordDict(), {}))
+    late.close()
+    # Asked for something else, it is sent that, and the reply to what it was asked before is no reply.
+    found = list(post.ask({"music": two}, None))
+    assert [(client, reply.header["number"]) for client, reply in found] == [("music", 2)]  # type: ignore[union-attr]
+    assert len(grid.sent) == 4
+    assert list(grid._replies) == [number]
+
+
+def test_what_flower_dropped_meanwhile_is_sent_again(made: Made) -> None:
+    _, grid, _ = made
+    grid.silent = {"music"}
+    post, request = GridPost(grid, None, pause=0.01), Message.of(kind="nothing that is known")
+    asked = post.ask({"books": request, "music": request}, 0.05)
+    assert next(asked)[0] == "books"
+    asked.close()
+    time.sleep(0.06)
+    grid.silent = set()
+    assert [client for client, _ in post.ask({"music": request}, 5.0)] == ["music"]
+    assert [grid.numbers["music"] == sent.metadata.dst_node_id for sent in grid.sent] == [False, True, True]
 
 
 def test_a_worker_that_does_not_answer_is_a_refusal_without_its_path(

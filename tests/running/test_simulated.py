@@ -95,7 +95,7 @@ def test_a_run_on_nodes_goes_on_where_it_was(tiny_values: dict[str, Any], tmp_pa
         (("--method.name", "fedask"), r"method\.name: on virtual nodes, fedask asks twice"),
         (("--method.name", "centralised"), r"method\.name: on virtual nodes, centralised has one client"),
         (("--secure.aggregation", "true"), r"secure\.aggregation: on virtual nodes"),
-        (("--federation.buffer", "2"), r"federation\.buffer: time is simulated"),
+        (("--federation.buffer", "2"), r"federation\.buffer: on virtual nodes, who comes first"),
         (("--compute.stack", "4"), r"compute\.stack: on virtual nodes"),
         (("--compute.threads", "2"), r"compute\.threads: on virtual nodes, --ray.cpus says it"),
         (("--compute.device", "cuda"), r"compute\.device: on virtual nodes, --ray.gpus says it"),

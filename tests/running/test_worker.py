@@ -65,13 +65,29 @@ def test_only_the_last_one_is_remembered_by_all_its_bytes(resident: Resident, si
         request("train", 1.0, round=2, accepted=None),
         request("train", 2.0, round=1, accepted=None),
         request("train", 1.0, round=1, accepted=0),
-        request("evaluate", 1.0, round=1, accepted=None),
+        request("answer", 1.0, round=1, accepted=None),
+        request("join", 1.0),
     ):
         before = len(site.calls)
         for asked in (one, other, one):
             resident.answer(asked)
         assert len(site.calls) == before + 3
         resident.answer(request("other"))
+
+
+def test_what_was_trained_is_remembered_while_others_are_scored_and_a_server_starts_again(
+    resident: Resident, site: Counting
+) -> None:
+    join, train = request("join"), request("train", 1.0, round=1)
+    resident.answer(join)
+    reply = resident.answer(train)
+    for asked in (request("evaluate", 1.0), request("evaluate", 2.0), join, train):
+        given = resident.answer(asked)
+    assert torch.equal(given.payload, reply.payload)
+    assert site.calls == ["join", "train", "evaluate", "evaluate"]
+    resident.answer(request("join", 1.0))  # another run, say
+    resident.answer(train)
+    assert site.calls[4:] == ["join", "train"]
 
 
 def test_a_refusal_is_not_remembered(resident: Resident, site: Counting) -> None:

@@ -1,11 +1,12 @@
-"""Simulated time: when clients of different speeds are done, in a process where they train one after the other.
+"""Simulated time: when clients of different speeds are done, in a process where they train one after the other; and who
+trains between two rounds, on simulated time or between sites.
 
 A client's round takes its local steps over its speed; what travels takes no time. It is known before the client trains
 and depends on nothing but the recipe and the client's number of examples.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from fedrot.core.adapter import Adapter
 from fedrot.core.errors import RecipeError, choices
-from fedrot.core.methods.base import ServerState
+from fedrot.core.methods.base import Broadcast, ServerState, Upload
 from fedrot.core.seeding import generator
-from fedrot.running.engine import Engine
+from fedrot.running.engine import Engine, Failure
 from fedrot.running.recipe import Recipe
 
 PREFIX = "clock/"  # of its names in the server's memory
@@ -30,13 +31,28 @@ class Timed(Protocol):
         """The local steps that a client takes in a round."""
 
 
+@runtime_checkable
+class Arriving(Protocol):
+    """What an engine must have beside `engine.Engine` for buffered rounds on real time."""
+
+    @property
+    def clients(self) -> Collection[str]:
+        """Every client's name."""
+
+    def arrivals(self, flying: Callable[[], Mapping[str, Broadcast]]) -> Generator[Upload | Failure, None, None]:
+        """What clients make of the broadcast that each was sent, as it comes, until none of `flying()` is left or
+        federation.deadline has passed. Who is given flies no more before the next one is asked for, and others may.
+        Closed early, it leaves the clients training, and another round's call hears them.
+        """
+
+
 @dataclass(frozen=True)
 class Flight:
     """A client that trains."""
 
     round: int  # of the broadcast that it was sent
     number: int  # how many were sent one before it, in all rounds
-    ends: float  # when it uploads, in simulated seconds
+    ends: float = 0.0  # when it uploads, in simulated seconds; between sites nobody knows
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,7 @@ class Clock:
     checkpoint has it.
     """
 
-    now: float = 0.0  # seconds
+    now: float = 0.0  # seconds; between sites it stays 0
     sent: int = 0  # broadcasts that were sent to a client
     flights: Mapping[str, Flight] = field(default_factory=dict)  # by client
     older: Mapping[int, Adapter] = field(default_factory=dict)  # by round: what clients in flight train from
@@ -91,11 +107,14 @@ def simulated(recipe: Recipe) -> str | None:
 
 
 def check_real(recipe: Recipe) -> None:
-    """Raise `RecipeError` naming the key where the recipe asks for simulated time, which clients of their own sites do
-    not have.
+    """Raise `RecipeError` naming the key where the recipe says how fast clients are, which those at sites of their own
+    are by themselves.
     """
-    if (key := simulated(recipe)) is not None:
-        raise RecipeError(f"{key}: time is simulated for clients in one process, not between sites; leave it null")
+    for key in ("speeds", "spread"):
+        if getattr(recipe.federation, key) is not None:
+            raise RecipeError(
+                f"federation.{key}: time is simulated for clients in one process, not between sites; leave it null"
+            )
 
 
 def check_clients(recipe: Recipe, clients: Collection[str]) -> None:
@@ -115,10 +134,12 @@ def check_clients(recipe: Recipe, clients: Collection[str]) -> None:
 def seconds_by_client(recipe: Recipe, engine: Engine) -> dict[str, float]:
     """The simulated seconds that each client's local steps take; empty where the recipe asks for no simulated time.
 
-    Raises `RecipeError` where it does, and the engine has none.
+    Raises `RecipeError` where it does and the engine has none, but for a buffer of an engine with real time.
     """
     if not isinstance(engine, Timed):
         check_real(recipe)
+        if recipe.federation.buffer is not None and not isinstance(engine, Arriving):
+            raise RecipeError("federation.buffer: this engine hears its clients all together; leave it null")
         return {}
     asked = simulated(recipe) is not None
     return {client: engine.steps(client) / speed_of(recipe, client) for client in engine.clients if asked}

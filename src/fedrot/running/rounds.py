@@ -117,7 +117,7 @@ def play_round(
     heard = _heard(recipe, engine, broadcast, clock, simulated, watcher)
     drawn = heard.clients
     collected = collect(recipe, broadcast, heard.results, len(drawn), len(engine.clients), watcher)
-    _check_quorum(recipe, number, collected, len(drawn))
+    _check_quorum(recipe, number, collected, recipe.federation.buffer or len(drawn))
     reduced = _reduce(recipe, broadcast, collected, len(drawn))
     since = time.perf_counter()
     if recipe.method.capabilities.second_phase:
@@ -153,6 +153,7 @@ def play_round(
         collected.spend("evaluate", since)
     if simulated:
         record["clock"] = heard.clock.now
+    if simulated or recipe.federation.buffer is not None:
         state = heard.clock.put_in(state)
     record["seconds"] = {**collected.seconds, "round": time.perf_counter() - began}
     return state, record

@@ -24,7 +24,8 @@ class FederationSettings:
     weighting: Literal["held", "used", "uniform"] = "held"
     """A client's weight: the examples that it holds, the rows that it processed in the round, or all alike."""
     quorum: float = 0.5
-    """Share of the drawn clients whose uploads must be usable; with fewer the run stops, its last good state kept."""
+    """Share of the drawn clients whose uploads must be usable, of K with a buffer; with fewer the run stops, its last
+    good state kept."""
     deadline: float | None = None
     """Seconds that a round waits for its uploads where clients are at sites of their own; null: until all are there."""
     compression: Literal["none", "bf16", "int8"] = "none"
@@ -33,15 +34,15 @@ class FederationSettings:
     feedback: bool = True
     """Error feedback where uploads are compressed: a client keeps what rounding lost and adds it to its next change."""
     buffer: int | None = None
-    """K, in simulation: the server goes on when K clients have uploaded, and the others go on training from what they
-    were sent (FedBuff, docs/methods.md). null: a round waits for all of its clients."""
+    """K: the server goes on when K clients have uploaded, and the others go on training from what they were sent
+    (FedBuff, docs/methods.md). null: a round waits for all of its clients."""
     concurrency: int | None = None
     """With a buffer, how many clients train at once; null: all."""
     staleness: Literal["none", "sqrt", "linear"] = "sqrt"
     """With a buffer, what a change counts that is tau rounds late: all of it, 1 / sqrt(1 + tau) or 1 / (1 + tau)."""
     speeds: dict[str, float] | None = None
-    """Local steps that a client takes in a simulated second, by its name; the others take 1, or what `spread` says.
-    Every round's simulated time is then in metrics.jsonl (clock)."""
+    """In simulation, local steps that a client takes in a simulated second, by its name; the others take 1, or what
+    `spread` says. Every round's simulated time is then in metrics.jsonl (clock)."""
     spread: float | None = None
     """The same for all clients that `speeds` does not name: log-normal around 1, of this standard deviation of the
     logarithm, by the recipe's seed and the client's name. null: they all take 1."""

@@ -1,9 +1,11 @@
 """The post of `network.engine.Network` over a Flower grid: SuperLink and SuperNodes carry the messages."""
 
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from flwr.app import Message as FlowerMessage
 from flwr.app import MessageType
 from flwr.common.constant import ErrorCode
@@ -27,6 +29,8 @@ class _Asked:
     request: Message
     number: str | None = None  # Flower's of the message; None: it has not been sent yet
     since: str = ""  # when the node that it was sent to connected
+    until: float = math.inf  # when Flower drops the message, in monotonic seconds
+    reply: Message | str | None = None  # taken from Flower, which gives it once
 
 
 @dataclass(frozen=True)
@@ -49,33 +53,61 @@ class GridPost:
     def __init__(self, grid: Grid, names: Mapping[bytes, str] | None, pause: float = 1.0, grace: float = 0.0) -> None:
         self._grid, self._names, self._pause, self._grace = grid, names, pause, grace
         self._seen: dict[str, float] = {}  # client -> when its node was last connected, in monotonic seconds
+        self._left: dict[str, _Asked] = {}  # client -> what was asked of it when whoever asked stopped waiting
 
     def clients(self) -> Sequence[str]:
         """The nodes that are connected now, by their clients' names."""
         return sorted(self._nodes())
 
-    def ask(self, requests: Mapping[str, Message], seconds: float | None) -> Iterator[tuple[str, Message | str]]:
-        """Every client's reply as it comes, or why there is none; a node that is gone is said to be."""
-        waiting, began = {client: _Asked(request) for client, request in requests.items()}, time.monotonic()
-        while True:
-            nodes = self._nodes()
-            self._send(waiting, nodes, seconds)
-            for client, reply in self._pull(waiting):
-                del waiting[client]
-                yield client, reply
-            over = time.monotonic()
-            for client in [c for c in waiting if c not in nodes and over - self._seen.get(c, -1e9) >= self._grace]:
-                del waiting[client]
-                yield client, "is not connected"
-            if not waiting or (seconds is not None and over - began > seconds):
-                break
-            time.sleep(self._pause)
-        for client in waiting:
-            yield client, f"gave no answer within {seconds:g} s (federation.deadline)"
+    def ask(
+        self, requests: Mapping[str, Message], seconds: float | None
+    ) -> Generator[tuple[str, Message | str], None, None]:
+        """Every client's reply as it comes, or why there is none; a node that is gone is said to be.
 
-    def _send(self, waiting: Mapping[str, _Asked], nodes: Mapping[str, _Node], seconds: float | None) -> None:
-        """Send what its node does not have: what is new, and what it had before it was started again."""
-        due = {c: a for c, a in waiting.items() if c in nodes and (a.number is None or a.since != nodes[c].since)}
+        What was asked before, by an iterator that was closed, and is asked again is not sent again: the reply to the
+        message that is on its way is waited for. A reply to anything else that was asked before is never taken.
+        """
+        waiting = {client: self._taken_up(client, request) for client, request in requests.items()}
+        end = math.inf if seconds is None else time.monotonic() + seconds
+        try:
+            while True:
+                nodes = self._nodes()
+                self._send(waiting, nodes, seconds, end)
+                for client, reply in self._pull(waiting):
+                    del waiting[client]
+                    yield client, reply
+                over = time.monotonic()
+                for client in [c for c in waiting if c not in nodes and over - self._seen.get(c, -1e9) >= self._grace]:
+                    del waiting[client]
+                    yield client, "is not connected"
+                if not waiting or over > end:
+                    break
+                time.sleep(self._pause)
+            for client in list(waiting):
+                del waiting[client]
+                yield client, f"gave no answer within {seconds:g} s (federation.deadline)"
+        finally:
+            self._left |= waiting
+
+    def _taken_up(self, client: str, request: Message) -> _Asked:
+        """What is on its way to a client, if it is this request; the request as a new one otherwise."""
+        left = self._left.pop(client, None)
+        return left if left is not None and _same(left.request, request) else _Asked(request)
+
+    def _send(
+        self, waiting: Mapping[str, _Asked], nodes: Mapping[str, _Node], seconds: float | None, end: float
+    ) -> None:
+        """Send what its node does not have: what is new, what it had before it was started again, and what Flower
+        dropped since it was asked for first.
+        """
+        now = time.monotonic()
+
+        def missing(client: str, asked: _Asked) -> bool:
+            if client not in nodes or asked.reply is not None:
+                return False
+            return asked.number is None or asked.since != nodes[client].since or asked.until < min(now, end)
+
+        due = {client: asked for client, asked in waiting.items() if missing(client, asked)}
         # A broadcast is one payload: it is copied, hashed and sent to the SuperLink once.
         payloads = {id(asked.request.payload): asked.request.payload for asked in due.values()}
         records = {key: payload_record(payload) for key, payload in payloads.items()}
@@ -90,19 +122,23 @@ class GridPost:
             for client, asked in due.items()
         ]
         numbers = self._grid.push_messages(messages) if messages else ()
-        for (client, asked), number in zip(due.items(), numbers, strict=True):
-            asked.number, asked.since = str(number), nodes[client].since
+        for (client, asked), message, number in zip(due.items(), messages, numbers, strict=True):
+            asked.number, asked.since, asked.until = str(number), nodes[client].since, now + message.metadata.ttl
 
     def _pull(self, waiting: Mapping[str, _Asked]) -> Iterator[tuple[str, Message | str]]:
         """The replies that are there, a part of them at a time in memory, in the order in which clients were asked.
 
         What Flower says of a node that is gone is none: it may come back.
         """
+        for name, asked in list(waiting.items()):
+            if asked.reply is not None:
+                yield name, asked.reply
         numbers = {asked.number: client for client, asked in waiting.items() if asked.number is not None}
         # A reply has about the size of its request.
         largest = max((len(asked.request.payload) for asked in waiting.values()), default=0)
         due, size = list(numbers), max(1, _TAKEN // max(1, largest))
         for part in (due[start : start + size] for start in range(0, len(due), size)):
+            found: list[tuple[str, Message | str]] = []
             for reply in self._grid.pull_messages(part):
                 client = numbers.pop(reply.metadata.reply_to_message_id, None)
                 if client is None:
@@ -110,7 +146,9 @@ class GridPost:
                 if reply.has_error() and reply.error.code in _GONE and self._grace:
                     waiting[client].number = None
                 else:
-                    yield client, _read(reply)
+                    answer = waiting[client].reply = _read(reply)
+                    found.append((client, answer))
+            yield from found
 
     def _nodes(self) -> dict[str, _Node]:
         """Each connected node, by its client's name; nodes without one are passed over."""
@@ -121,6 +159,12 @@ class GridPost:
                 found[name] = _Node(node.node_id, node.last_activated_at)
         self._seen |= dict.fromkeys(found, time.monotonic())
         return found
+
+
+def _same(one: Message, other: Message) -> bool:
+    """Whether two requests are the same bytes."""
+    alike = one.payload is other.payload or torch.equal(one.payload, other.payload)
+    return alike and one.header_bytes() == other.header_bytes()
 
 
 def _read(reply: FlowerMessage) -> Message | str:

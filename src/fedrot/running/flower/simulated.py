@@ -105,6 +105,11 @@ def _check(recipe: Recipe, share: Share) -> None:
             "secure.aggregation",
             "its stages would be answered by different processes; fedrot run has it in one process",
         ),
+        (
+            recipe.federation.buffer is not None,
+            "federation.buffer",
+            "who comes first is up to Ray; fedrot run has it on simulated time",
+        ),
         ((compute.workers or 1) != 1, "compute.workers", "Ray decides how many train at once; leave it null"),
         ((compute.stack or 1) != 1, "compute.stack", "a node trains one client at a time; leave it null"),
         ((compute.threads or share.cpus) != share.cpus, "compute.threads", "--ray.cpus says it; leave it null"),

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
@@ -16,11 +16,11 @@ from fedrot.core.methods.base import ALL_PARTS, Broadcast, ClientState, Upload
 from fedrot.core.packed import Layout
 from fedrot.learning.evaluation import Evaluation
 from fedrot.learning.local import most_rows
-from fedrot.learning.scores import AVERAGED
 from fedrot.learning.tasks import classification, generation
 from fedrot.running.engine import Failure, Summed
 from fedrot.running.network.journal import Exchange, Journal, now
 from fedrot.running.network.messages import Message, MessageError, count_of, of_round, shown, value_of
+from fedrot.running.network.scores import averaged, read_scores
 from fedrot.running.network.secure import require
 from fedrot.running.network.tensors import adapter_message, broadcast_message, read_adapter, read_upload
 from fedrot.running.privacy import counted, told
@@ -44,8 +44,12 @@ class Post(Protocol):
     def clients(self) -> Sequence[str]:
         """The sites that can be asked now, by their clients' names."""
 
-    def ask(self, requests: Mapping[str, Message], seconds: float | None) -> Iterator[tuple[str, Message | str]]:
-        """Every client's reply as it comes, or why there is none, until all are there or the time is over."""
+    def ask(
+        self, requests: Mapping[str, Message], seconds: float | None
+    ) -> Generator[tuple[str, Message | str], None, None]:
+        """Every client's reply as it comes, or why there is none, until all are there or the time is over. Closed
+        before, it waits no more; a client that is asked the same again is not to do it twice for that.
+        """
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ class Network:
         self._named, self._run, self._journal, self._wait = clients, run, journal, wait
         self._joined: dict[str, dict[str, int]] = {}  # client -> examples by split
         self._accepted: dict[str, int] = {}  # client -> the last round whose upload went into the sum
+        self._trains: dict[str, int] = {}  # client -> the round of the broadcast that it was last asked to train from
         self._round = 0
         self.refused: dict[str, str] = {}  # why a site does not take part
 
@@ -126,7 +131,8 @@ class Network:
             said = missing
             time.sleep(min(_PAUSE, max(0.0, end - time.monotonic())))
         federation = self._recipe.federation
-        needed = least_uploads(federation.quorum, drawn_count(len(self.clients), federation.participation))
+        asked = federation.buffer or drawn_count(len(self.clients), federation.participation)
+        needed = least_uploads(federation.quorum, asked)
         if len(self._joined) < needed:
             raise RunError(
                 f"{len(self._joined)} of {len(self.clients)} sites are there, a round needs {needed} "
@@ -145,17 +151,24 @@ class Network:
         self._introduce([client for client in there if client not in self._joined], _JOINING)
 
     def _introduce(self, clients: Iterable[str], seconds: float | None) -> None:
+        request = self._join_request()
+        for client, reply in self._ask(dict.fromkeys(clients, request), seconds):
+            self._admit(client, request, reply)
+
+    def _join_request(self) -> Message:
         values = self._recipe.to_dict()
         values["data"] |= {"path": None}  # where data lies is each site's own
-        request = Message.of(kind="join", fedrot=__version__, run=self._run, recipe=values)
-        for client, reply in self._ask(dict.fromkeys(clients, request), seconds):
-            try:
-                self._joined[client] = self._expected.examples(_given(reply), self._recipe)
-                self.refused.pop(client, None)
-            except MessageError as problem:
-                self.refused[client] = str(problem)
-                if isinstance(reply, Message) and reply.refused is None:  # it did not refuse, this server does
-                    self._note(client, request, Message.refusal(str(problem)), now())
+        return Message.of(kind="join", fedrot=__version__, run=self._run, recipe=values)
+
+    def _admit(self, client: str, request: Message, reply: Message | str) -> None:
+        """Let a site take part, if its reply to the request to join says that it has what the run needs."""
+        try:
+            self._joined[client] = self._expected.examples(_given(reply), self._recipe)
+            self.refused.pop(client, None)
+        except MessageError as problem:
+            self.refused[client] = str(problem)
+            if isinstance(reply, Message) and reply.refused is None:  # it did not refuse, this server does
+                self._note(client, request, Message.refusal(str(problem)), now())
 
     @property
     def clients(self) -> Sequence[str]:
@@ -174,19 +187,27 @@ class Network:
 
     def train(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Upload | Failure]:
         """One round of local training at these sites."""
-        self._round = broadcast.round
+        self._begins(broadcast.round, clients)
         request = broadcast_message(broadcast, self._recipe, "train")
         for client, reply in self._replies(self._told(request, clients)):
-            try:
-                upload = read_upload(_given(reply), client, broadcast, self._recipe)
-                self._check_counts(upload)
-                yield upload
-            except (MessageError, RejectedUpload) as problem:
-                yield Failure(client, str(problem))
+            yield self._upload(client, reply, broadcast)
+
+    def _begins(self, round: int, clients: Iterable[str]) -> None:
+        self._round = round
+        self._trains |= dict.fromkeys(clients, round)
+
+    def _upload(self, client: str, reply: Message | str, broadcast: Broadcast) -> Upload | Failure:
+        """What a site made of the broadcast that it was sent."""
+        try:
+            upload = read_upload(_given(reply), client, broadcast, self._recipe)
+            self._check_counts(upload)
+            return upload
+        except (MessageError, RejectedUpload) as problem:
+            return Failure(client, str(problem))
 
     def train_summed(self, broadcast: Broadcast, clients: Sequence[str]) -> Iterator[Summed | Failure]:
         """The same with secure aggregation: no upload is seen."""
-        self._round = broadcast.round
+        self._begins(broadcast.round, clients)
         held = self._held(clients)
         of = SecureSum.of_uploads(self._recipe, broadcast, total_weight(self._recipe, held.values()))
         request = broadcast_message(broadcast, self._recipe, "train", total=of.total)
@@ -227,12 +248,14 @@ class Network:
         """Which uploads went into the sum, by the records of the rounds so far: for a server that restarts."""
         for record in records:
             clients = record["clients"]
-            # A rule against hostile clients looks at uploads that were accepted.
-            self._accepted |= dict.fromkeys([*clients["used"], *clients.get("kept", ())], record["round"])
+            # A rule against hostile clients looks at uploads that were accepted; a late one is of an earlier round.
+            late = clients.get("late", {})
+            accepted = {client: record["round"] - late.get(client, 0) for client in clients["used"]}
+            self._accepted |= dict.fromkeys(clients.get("kept", ()), record["round"]) | accepted
 
     def settle(self, accepted: Collection[str]) -> None:
         """Remember whose uploads went into the sum: sites are told with the next request."""
-        self._accepted |= dict.fromkeys(accepted, self._round)
+        self._accepted |= {client: self._trains[client] for client in accepted}
 
     def answer(self, question: Adapter, clients: Sequence[str]) -> Iterator[Upload | Failure]:
         """The second phase of a round."""
@@ -266,24 +289,23 @@ class Network:
         request = broadcast_message(broadcast, self._recipe, "evaluate", split=split, limit=each)
         counts: dict[str, int] = {}
         scores: dict[str, dict[str, float]] = {}
-        for client, reply in self._replies(self._told(request, clients)):
+        for client, reply in self._replies(self._told(request, self._scoring(broadcast.round, split))):
             try:
                 message = _given(reply)
                 of_round(message.header, broadcast.round)
-                scores[client] = _scores(message, metric)
+                scores[client] = read_scores(message, metric)
                 held = self._joined[client].get(split, 0)
                 counts[client] = held if each is None else min(each, held)
             except MessageError as problem:
                 left_out = "%s is left out of the scores of %s: %s"
                 logging.getLogger("fedrot").warning(left_out, client, split, problem)
-        total = sum(counts.values())
-        if not total:
+        if not sum(counts.values()):
             raise RunError(f"no site gave scores of {split} that can be used; the log says why")
-        # In the clients' order, since sums depend on theirs.
-        found = {client: scores[client] for client in clients if client in scores}
-        means = {key: sum(counts[c] * one[key] for c, one in found.items()) / total for key in AVERAGED[metric]}
-        kind = "personal" if personal(self._recipe) else "global"
-        return Evaluation(split, total, metric, means, kind, found)
+        return averaged(split, metric, scores, counts, "personal" if personal(self._recipe) else "global")
+
+    def _scoring(self, round: int, split: str) -> Sequence[str]:
+        """Who is asked for the scores that are reported after so many rounds."""
+        return self.clients
 
     def answers(self, broadcast: Broadcast, split: str) -> Evaluation:
         """Sites are not asked what their models write: `network.opening` refuses recipes that want it."""
@@ -370,17 +392,3 @@ def _given(reply: Message | str) -> Message:
     if refused is not None or not isinstance(reply, Message):
         raise MessageError(str(refused))
     return reply
-
-
-def _scores(reply: Message, metric: str) -> dict[str, float]:
-    """A site's scores, those that can be averaged. `MessageError` where one is missing or cannot be."""
-    if (said := value_of(reply.header, "metric", str)) != metric:
-        raise MessageError(f"its metric is {shown(said)}, not {metric}")
-    scores, found = value_of(reply.header, "scores", dict), {}
-    for key in AVERAGED[metric]:
-        value = found[key] = scores.get(key)
-        # All but the loss are shares.
-        good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not good or not 0 <= value < (2**53 if key == "loss" else 1 + 1e-9):
-            raise MessageError(f"its {key} is {shown(value)}")
-    return found

@@ -7,8 +7,9 @@ from fedrot.core.errors import RecipeError, RunError
 from fedrot.learning.loading import load_model
 from fedrot.learning.sources.read import known_labels
 from fedrot.running.choices import for_machine
-from fedrot.running.clock import check_real
+from fedrot.running.clock import check_clients, check_real
 from fedrot.running.folder import RunFolder
+from fedrot.running.network.buffered import Buffered
 from fedrot.running.network.engine import Expected, Network, Post
 from fedrot.running.network.journal import FileJournal
 from fedrot.running.network.secure import require
@@ -64,6 +65,11 @@ def check_for_sites(recipe: Recipe, clients: Sequence[str]) -> None:
             "data.generated",
             "sites have examples of their own; leave it null",
         ),
+        (
+            recipe.federation.buffer is not None and recipe.evaluation.choose == "best",
+            "evaluation.choose",
+            "with federation.buffer, every round is scored by the sites that do not train just then; set it to last",
+        ),
     ):
         if refused:
             raise RecipeError(f"{key}: between sites, {why}")
@@ -74,6 +80,7 @@ def check_for_sites(recipe: Recipe, clients: Sequence[str]) -> None:
                 f"secure.fewest: {drawn} of the {len(clients)} clients are drawn for a round, and no sum of fewer than "
                 f"{recipe.secure.fewest} is opened; ask more clients"
             )
+    check_clients(recipe, clients)
     if strange := sorted(set(recipe.lora.ranks or ()) - set(clients)):
         raise RecipeError(f"lora.ranks: there is no client {strange[0]!r}; the clients are {', '.join(clients[:8])}")
 
@@ -91,7 +98,8 @@ def between_sites(post: Post, clients: Sequence[str], wait: float) -> Callable[[
         labels = known_labels(recipe.data) or ()
         model = load_model(recipe.model, recipe.lora, labels, recipe.seed)
         expected = Expected(first_adapter(recipe, model), model.fingerprint(), labels)
-        engine = Network(recipe, expected, post, clients, described["run"], FileJournal(folder.path), wait)
+        kind = Network if recipe.federation.buffer is None else Buffered
+        engine = kind(recipe, expected, post, clients, described["run"], FileJournal(folder.path), wait)
         how = f"{len(clients)} sites, each computing as it was told there"
         return Stage(recipe, engine, model, {"model": expected.model}, {SITES: described}, how)
 

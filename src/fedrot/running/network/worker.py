@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -28,37 +28,47 @@ _PING = "here"  # a request that the worker answers itself, at once
 _log = logging.getLogger("fedrot")
 
 
+# Of an earlier request of which kinds the reply still holds when one of a kind has been handled.
+_LEAVES: Mapping[str, Set[str]] = {"train": {"join"}, "evaluate": {"join", "train"}}
+
+
 class Resident:
     """Hands requests to a site one at a time; others wait.
 
-    A request that repeats the last one is given the last reply and not handled again: the process that asked first may
-    have died while the site trained. Nothing was handled between the two, so what the site holds of the round is what
-    that reply tells of, and what the request says of the last accepted round was heeded the first time. An earlier
-    request is handled anew, and so is one that was refused, since the reason may be mended. Replies are not kept on
-    disk: a worker that was started again has the site join and trains again from what the client keeps.
+    A request that repeats the last one of its kind is given that one's reply and not handled again: the process that
+    asked first may have died while the site trained, and with federation.buffer every round asks a site that trains the
+    same. Nothing that would change the reply was handled between the two. Scoring a broadcast, the site begins with
+    what it kept of the last accepted round, and leaves alone what it holds of the round that it trained and what it
+    wrote of it to the disk. Training, it does not change what it said on joining; and a join that is repeated is not
+    handled, so the run is the same. After any other request all earlier replies are forgotten: of a secure sum, a stage
+    goes on from the opening that came before, and that must not be given out twice. What the request says of the last
+    accepted round was heeded the first time. What was refused is handled anew, since the reason may be mended. Replies
+    are not kept on disk: a worker that was started again has the site join and trains again from what the client keeps.
     """
 
     def __init__(self, name: str, handle: Handle) -> None:
         self._name, self._handle = name, handle
         self._turn = threading.Lock()
-        self._last: tuple[bytes, Message] | None = None  # hash of the request, and the reply
+        self._last: dict[str, tuple[bytes, Message]] = {}  # by kind: hash of the request, and the reply
 
     def answer(self, request: Message) -> Message:
         """The reply to a request; a line of the log says what it was and how long it took."""
         if request.header.get("kind") == _PING:
             return Message.of(client=self._name)
         with self._turn:
-            asked = _digest(request)
-            if self._last is not None and self._last[0] == asked:
+            kind, asked = str(request.header.get("kind")), _digest(request)
+            known, found = self._last.get(kind, (b"", request))
+            if known == asked:
                 _log.info("%s: asked again, the reply is given again", _about(request))
-                return self._last[1]
-            self._last = None
+                return found
+            leaves = _LEAVES.get(kind, frozenset())
+            self._last = {other: last for other, last in self._last.items() if other in leaves}
             began = time.monotonic()
             reply = self._handle(request)
             seconds, reason = time.monotonic() - began, reply.refused
             _log.info("%s: %.2f s%s", _about(request), seconds, "" if reason is None else f", refused: {reason}")
             if reason is None:
-                self._last = asked, reply
+                self._last[kind] = asked, reply
             return reply
 
 
