@@ -3,6 +3,7 @@
 import socket
 import ssl
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,16 @@ def test_bad_calls_are_one_line_and_code_2(
     assert main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
+
+
+def test_a_server_whose_run_is_over_says_so_and_asks_no_site(
+    recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may have been killed after the last thing was written, and its sites may be gone."""
+    path = recipe_file(data={"labels": ["negative", "positive"]}, rounds=1)
+    assert main(["run", str(path), "--out", str(tmp_path / "out")]) == 0
+    words = ["server", str(path), "--tls", "none", "--clients", "none", "--out", str(tmp_path / "out")]
+    assert main([*words, "--resume"]) == 0
+    assert f"adapter  {tmp_path / 'out' / 'adapter'}" in capsys.readouterr().out
+    assert main([*words, "--resume", "--rounds", "9"]) == 2
+    assert "the run was started with rounds 1" in capsys.readouterr().err

@@ -66,6 +66,7 @@ def main(words: Sequence[str]) -> int:
     call = read_call(words)
     from fedrot.app.cli.run import conclude
     from fedrot.app.progress import make_watcher
+    from fedrot.running.folder import RunFolder
     from fedrot.running.recipe_file import read_recipe
     from fedrot.running.run import run
 
@@ -74,6 +75,12 @@ def main(words: Sequence[str]) -> int:
     resume = call.resume and (out / "recipe.yaml").exists()
     if not call.resume and (out / "recipe.yaml").exists():
         raise FedrotError(f"{out}: a run is there already; go on with --resume, or choose another folder by --out")
+    if resume and (out / "result.json").exists():  # killed when all was done: sites need not be there any more
+        folder = RunFolder(out)
+        folder.reopen(recipe)
+        folder.close()
+        conclude(folder)
+        return 0
     flower = out / "flower"
     from fedrot.running.flower.tether import environment
 
