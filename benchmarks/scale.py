@@ -63,8 +63,9 @@ def scale(data: str | None, counts: list[int], total: int) -> list[Result]:
     results.append(Result(f"3. peak memory, {first} clients", found[first]["memory"], "MB"))
     results.append(Result("3. of it before the round: libraries, model, data", found[first]["before"], "MB"))
     # At rank 64 forty uploads that were held would be a tenth of the whole.
-    wide = [in_process(data, count, 80 // count, rank=64)["memory"] for count in (4, 40)]
-    return [*results, Result("3. peak memory at rank 64, 40 clients / 4", wide[1] / wide[0], "x", 1.05)]
+    few, many = (4, 40) if total >= 80 else (1, total)
+    wide = [in_process(data, count, min(80, total) // count, rank=64)["memory"] for count in (few, many)]
+    return [*results, Result(f"3. peak memory at rank 64, {many} clients / {few}", wide[1] / wide[0], "x", 1.05)]
 
 
 if __name__ == "__main__":
