@@ -76,7 +76,7 @@ def main(words: Sequence[str]) -> int:
         log_here(state / "client.log")
         log = logging.getLogger("fedrot")
         worker = stack.enter_context(Worker(here, state, state / "worker.sock"))
-        address, secret, _ = stack.enter_context(supernode(state / "flower", server, certificate, call.key))
+        address, secret = stack.enter_context(supernode(state / "flower", server, certificate, call.key))
         log.info("%s: ready for runs of %s; data %s, state %s", name, server, call.data, state)
         ask = to_worker(worker.path)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 from flwr.app import Context, Error
 from flwr.app import Message as FlowerMessage
+from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode, SubStatus
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
@@ -32,7 +33,7 @@ _log = logging.getLogger("fedrot")
 
 def carry(address: str, secret: bytes, handle: Handle, ending: threading.Event) -> None:
     """Answer what the SuperNode at `address` (host:port, on this machine) receives, until told to end."""
-    reached = True
+    app, reached = client_app(handle), True
     while not ending.is_set():
         try:
             with executor_client(address, None, secret) as executor:
@@ -40,7 +41,7 @@ def carry(address: str, secret: bytes, handle: Handle, ending: threading.Event) 
                     taken = executor.AcquireTask(AcquireTaskRequest(supported_task_types=["flwr-clientapp"]))
                     reached = True
                     if taken.token:
-                        _answer(address, taken.token, handle)
+                        _answer(address, taken.token, app)
         except httpx.HTTPError as problem:  # it is being started, or started again
             if reached:
                 _log.info("the SuperNode cannot be reached (%s)", problem)
@@ -51,7 +52,7 @@ def carry(address: str, secret: bytes, handle: Handle, ending: threading.Event) 
             _log.exception("a message could not be carried")
 
 
-def _answer(address: str, token: str, handle: Handle) -> None:
+def _answer(address: str, token: str, app: ClientApp) -> None:
     """One message: take it, have it answered, and give the reply to the SuperNode."""
     guards: list[ProtobufClientInterceptor] = [
         RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
@@ -65,15 +66,15 @@ def _answer(address: str, token: str, handle: Handle) -> None:
         life.start()
         try:
             message, context, _, _ = pull_task_input(client)
-            push_message(client, _reply(message, context, handle), context)
+            push_message(client, _reply(message, context, app), context)
             push_task_output(client, context, SubStatus.COMPLETED, "")
         finally:
             closing.set()
 
 
-def _reply(message: FlowerMessage, context: Context, handle: Handle) -> FlowerMessage:
+def _reply(message: FlowerMessage, context: Context, app: ClientApp) -> FlowerMessage:
     try:
-        return client_app(handle)(message, context)
+        return app(message, context)
     except Exception as problem:  # a kind of message that fedrot has no answer to
         _log.warning("a message of type %r was refused (%s)", message.metadata.message_type, problem)
         return FlowerMessage(

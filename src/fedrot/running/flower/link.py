@@ -73,16 +73,12 @@ class Link:
     secret: bytes  # what shows that a task is asked for by this server
     keys: Mapping[str, bytes]  # the clients' public keys, by name
 
-    def executor(self) -> RuntimeHttpClient:
-        """A client that may take tasks."""
-        return executor_client(self.address, self.certificate, self.secret)
-
     def open(self) -> "OpenRun":
         """Register the clients and begin a run of Flower's. Raises httpx's errors, and `RunError` where it never
         comes to be.
         """
         control = ControlHttpClient.from_server_address(self.address, False, self.certificate, [_version("flwr CLI")])
-        with control, self.executor() as executor:
+        with control, executor_client(self.address, self.certificate, self.secret) as executor:
             for name, key in self.keys.items():
                 try:
                     control.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
@@ -123,10 +119,8 @@ class OpenRun(HttpGrid):
         self.set_run(run_from_proto(found.run))
         self.lost = threading.Event()
         self._closing = threading.Event()
-        threading.Thread(target=self._live, name="fedrot-beat", daemon=True).start()
-
-    def _live(self) -> None:
-        beat(self._runtime_client, self._closing, self.lost)
+        signs = (self._runtime_client, self._closing, self.lost)
+        threading.Thread(target=beat, args=signs, name="fedrot-beat", daemon=True).start()
 
     def close(self) -> None:
         """Say no more that this server lives."""

@@ -42,9 +42,9 @@ def superlink(folder: Path, host: str, port: int, tls: Path, keys: Mapping[str, 
 
 
 @contextmanager
-def supernode(folder: Path, server: str, certificate: Path, key: Path) -> Iterator[tuple[str, bytes, Keeper]]:
-    """A SuperNode that is connected to `server`, host:port: its address on this machine and the secret by which its
-    messages are taken, and its keeper.
+def supernode(folder: Path, server: str, certificate: Path, key: Path) -> Iterator[tuple[str, bytes]]:
+    """A SuperNode that is connected to `server`, host:port: its address on this machine, and the secret by which
+    its messages are taken.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     secret, port = _secret(folder / "secret"), _free_port()
@@ -55,8 +55,8 @@ def supernode(folder: Path, server: str, certificate: Path, key: Path) -> Iterat
         "the SuperNode", command("flower-supernode", *words), folder / "supernode.log", environment(folder), frozenset()
     )
     # A server that is not there yet is waited for.
-    with Keeper(program, lambda process: None, _NODE_PAUSE, None, _LONGEST_PAUSE) as keeper:
-        yield f"127.0.0.1:{port}", secret, keeper
+    with Keeper(program, lambda process: None, _NODE_PAUSE, None, _LONGEST_PAUSE):
+        yield f"127.0.0.1:{port}", secret
 
 
 def reachable(host: str) -> str:

@@ -176,11 +176,6 @@ class Network:
         return sorted(self._joined if self._named is None else self._named)
 
     @property
-    def joined(self) -> Mapping[str, Mapping[str, int]]:
-        """How many examples of each split the sites have that take part now."""
-        return self._joined
-
-    @property
     def held(self) -> Mapping[str, int]:
         """Training examples of the sites that take part now, as they said; empty where they do not say."""
         return {client: counts["train"] for client, counts in self._joined.items() if counts}
