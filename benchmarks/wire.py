@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from flwr.app import Message as FlowerMessage
 from flwr.proto.node_pb2 import NodeInfo
-from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedrot import __version__
@@ -54,7 +52,7 @@ class Sizes:
         return cls(payload, header, sum(map(len, contents.values())) - payload - header)
 
 
-class Wire(Grid):
+class Wire:
     """A grid with `clients` sites of the form behind it. `backwards`: those that are asked last answer first."""
 
     def __init__(self, recipe: Recipe, form: Adapter, clients: int, backwards: bool = False) -> None:
@@ -67,23 +65,6 @@ class Wire(Grid):
         self.site_seconds = 0.0  # CPU time that is the sites' own
         self.down: list[Sizes] = []
         self.up: list[Sizes] = []
-
-    def set_run(self, run: Run) -> None:
-        """The run is this grid's own."""
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Run:
-        """One that holds nothing."""
-        return Run.create_empty(1)
-
-    def create_message(self, *args: object, **kwargs: object) -> FlowerMessage:
-        """Deprecated by Flower."""
-        raise NotImplementedError
-
-    def get_node_ids(self) -> Iterable[int]:
-        """The sites' numbers."""
-        return [node.node_id for node in self._nodes]
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         """The sites."""
@@ -113,12 +94,6 @@ class Wire(Grid):
             assert isinstance(message, FlowerMessage)
             found.append(message)
         return found
-
-    def send_and_receive(
-        self, messages: Iterable[FlowerMessage], *, timeout: float | None = None
-    ) -> Iterable[FlowerMessage]:
-        """Not what fedrot asks by."""
-        raise NotImplementedError
 
     def _answer(self, contents: dict[str, bytes], number: str) -> tuple[str, dict[str, bytes]]:
         """A site's reply: its number, and its objects' bytes."""

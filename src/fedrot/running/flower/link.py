@@ -20,14 +20,12 @@ from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
 from flwr.proto.fab_pb2 import Fab
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, SendTaskHeartbeatRequest
-from flwr.serverapp import Grid
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
-from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
@@ -172,8 +170,9 @@ class _Sent:
         return Message(self.content, self.node, self.kind, ttl=self.ttl, group_id=self.group)
 
 
-class SteadyGrid(Grid):
-    """A grid that goes on when the SuperLink was ended and is there again, if need be in another run of Flower's.
+class SteadyGrid:
+    """What `GridPost` needs of a grid, which goes on when the SuperLink was ended and is there again, if need be in
+    another run of Flower's.
 
     Args:
         link: the SuperLink.
@@ -185,23 +184,6 @@ class SteadyGrid(Grid):
         self._open: OpenRun | None = None
         self._sent: dict[str, _Sent] = {}  # by the number that was given out
         self._errors = 0
-
-    def set_run(self, run: Run) -> None:
-        """The run is this grid's own."""
-        raise NotImplementedError("a steady grid starts its runs itself")
-
-    @property
-    def run(self) -> Run:
-        """Flower's run, as it is now."""
-        return self._steady(lambda grid: grid.run)
-
-    def create_message(self, *args: object, **kwargs: object) -> Message:
-        """Deprecated by Flower."""
-        raise NotImplementedError("make a flwr.app.Message")
-
-    def get_node_ids(self) -> list[int]:
-        """The connected nodes' numbers."""
-        return [node.node_id for node in self.get_nodes()]
 
     def get_nodes(self) -> list[NodeInfo]:
         """The connected nodes."""
@@ -237,10 +219,6 @@ class SteadyGrid(Grid):
                 reply.metadata.__dict__["_reply_to_message_id"] = number
                 found.append(reply)
         return found
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Not what fedrot asks by."""
-        raise NotImplementedError("push and pull")
 
     def close(self) -> None:
         """The run is over."""

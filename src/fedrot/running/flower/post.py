@@ -2,14 +2,15 @@
 
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from flwr.app import Message as FlowerMessage
 from flwr.app import MessageType
 from flwr.common.constant import ErrorCode
-from flwr.serverapp import Grid
+from flwr.proto.node_pb2 import NodeInfo
 
 from fedrot.running.flower.records import from_records, payload_record, to_records
 from fedrot.running.network.messages import Message, MessageError
@@ -20,6 +21,19 @@ _TYPES = {"train": MessageType.TRAIN, "answer": MessageType.TRAIN, "evaluate": M
 _TAKEN = 16 << 20
 # What Flower says where a node, or what it was sent, is gone.
 _GONE = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
+
+
+class PushPull(Protocol):
+    """What a post needs of a grid; Flower's `Grid` has it."""
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """The connected nodes."""
+
+    def push_messages(self, messages: Iterable[FlowerMessage]) -> Iterable[str]:
+        """Send messages; their numbers."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[FlowerMessage]:
+        """The replies that are there; each is given once."""
 
 
 @dataclass
@@ -50,7 +64,9 @@ class GridPost:
         grace: seconds that a node which is gone may take to come back; it is asked again then.
     """
 
-    def __init__(self, grid: Grid, names: Mapping[bytes, str] | None, pause: float = 1.0, grace: float = 0.0) -> None:
+    def __init__(
+        self, grid: PushPull, names: Mapping[bytes, str] | None, pause: float = 1.0, grace: float = 0.0
+    ) -> None:
         self._grid, self._names, self._pause, self._grace = grid, names, pause, grace
         self._seen: dict[str, float] = {}  # client -> when its node was last connected, in monotonic seconds
         self._left: dict[str, _Asked] = {}  # client -> what was asked of it when whoever asked stopped waiting

@@ -21,11 +21,10 @@ from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.run import Run
 
 from fedrot.core.errors import RecipeError, RunError
 from fedrot.learning.partition import Partition
-from fedrot.running.flower.post import GridPost
+from fedrot.running.flower.post import GridPost, PushPull
 from fedrot.running.flower.seat import client_app
 from fedrot.running.folder import RunFolder
 from fedrot.running.network.engine import Expected, Network
@@ -43,7 +42,9 @@ _WHO = "who"  # what a node is asked first: the number of its client
 _PARTITION = "partition-id"  # Flower's name for that number
 _LOOK = 0.1  # seconds between two looks for replies
 
-Nodes = Callable[[ClientApp, int], AbstractContextManager[Grid]]  # an app and how many nodes run it -> where they are
+Nodes = Callable[
+    [ClientApp, int], AbstractContextManager[PushPull]
+]  # an app and how many nodes run it -> where they are
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _process(values: str, here: str, folder: str) -> _Process:
     return _Process(Recipe.from_values(json.loads(values)), Path(folder))
 
 
-def _names(grid: Grid, clients: Sequence[str]) -> dict[bytes, str]:
+def _names(grid: PushPull, clients: Sequence[str]) -> dict[bytes, str]:
     """Each client's name by the key of the node that answers for it."""
     post, found = GridPost(grid, None, pause=_LOOK), {}
     replies = dict(post.ask(dict.fromkeys(post.clients(), Message.of(kind=_WHO)), None))
@@ -198,7 +199,7 @@ def _names(grid: Grid, clients: Sequence[str]) -> dict[bytes, str]:
 
 
 @contextmanager
-def on_ray(app: ClientApp, count: int, share: Share) -> Iterator[Grid]:
+def on_ray(app: ClientApp, count: int, share: Share) -> Iterator[PushPull]:
     """So many nodes of Flower's simulation engine. What is asked of them raises `RunError` once that has ended."""
     from flwr.simulation import run_simulation
 
@@ -254,27 +255,11 @@ def _reason(problems: Sequence[BaseException]) -> str:
     return f"{type(first).__name__}: {' '.join(str(first).split())}"[:300]
 
 
-class _Watched(Grid):
-    """A grid whose nodes may end while replies are waited for."""
+class _Watched:
+    """What `GridPost` needs of a grid whose nodes may end while replies are waited for."""
 
     def __init__(self, grid: Grid, check: Callable[[], None]) -> None:
         self._grid, self._check = grid, check
-
-    def set_run(self, run: Run) -> None:
-        """Nothing is to be set: Flower has done it."""
-
-    @property
-    def run(self) -> Run:
-        """Flower's run."""
-        return self._grid.run
-
-    def create_message(self, *args: object, **kwargs: object) -> FlowerMessage:
-        """Messages are made by their own constructor."""
-        raise NotImplementedError
-
-    def get_node_ids(self) -> Iterable[int]:
-        """The nodes' numbers."""
-        return [node.node_id for node in self.get_nodes()]
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         """The nodes. Raises what `check` raises."""
@@ -288,9 +273,3 @@ class _Watched(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[FlowerMessage]:
         """The replies that are there."""
         return self._grid.pull_messages(message_ids)
-
-    def send_and_receive(
-        self, messages: Iterable[FlowerMessage], *, timeout: float | None = None
-    ) -> Iterable[FlowerMessage]:
-        """Replies are waited for by `GridPost`."""
-        raise NotImplementedError
