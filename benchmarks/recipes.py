@@ -41,7 +41,7 @@ def make_recipe(
     )
 
 
-def language_recipe(data: str | None, clients: int = 3, steps: int = 3, limit: int = 8) -> Recipe:
+def language_recipe(data: str | None, clients: int = 3, steps: int = 3, limit: int = 8, tokens: int = 650) -> Recipe:
     """SmolLM2 on GSM8K in the folder `data`, a problem a step; HumanEval's problems with their solutions without it."""
     source: dict[str, Any] = {"source": "gsm8k", "path": data} if data else problems()
     return parse_recipe(
@@ -49,7 +49,7 @@ def language_recipe(data: str | None, clients: int = 3, steps: int = 3, limit: i
             "compute": {"threads": 1, "workers": 1},
             "model": {"path": "fetch:smollm2"},
             "lora": {"rank": 8, "alpha": 16},
-            "data": {**source, "max_length": 650},
+            "data": {**source, "max_length": tokens},
             "partition": {"kind": "iid", "clients": clients},
             "local": {"steps": steps, "batch": 1, "lr": 1e-3},
             "evaluation": {"every": 1000, "limit": limit, "batch": 8},

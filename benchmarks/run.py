@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--scale", default="3,10,50,250,1000", help="numbers of clients")
     parser.add_argument("--total", type=int, default=1000, help="local steps of a round of all these clients together")
     parser.add_argument("--width", type=int, default=4096, help="d of FlexLoRA's line")
+    parser.add_argument("--tokens", type=int, default=650, help="length to which the published way pads a problem")
     parser.add_argument("--parts", help="measure these alone, in a file that holds the others already")
     call = parser.parse_args()
     torch.set_num_threads(1)
@@ -118,6 +119,7 @@ def main() -> None:
     sst2, gsm8k = within(call.data, "sst2") or call.data, within(call.data, "gsm8k")
     # Problems are long: a few say enough, and a reduced run takes fewer.
     few = {"clients": min(3, call.clients), "steps": min(3, call.steps), "limit": min(8, max(2, call.limit // 100))}
+    few["tokens"] = call.tokens
     recipe = make_recipe(sst2, call.clients, call.steps, limit=call.limit)
     ready = prepare(recipe)
     parts: dict[str, Callable[[], list[Result]]] = {

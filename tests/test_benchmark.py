@@ -12,7 +12,7 @@ def test_the_benchmark_runs_at_reduced_size_and_writes_its_table(tmp_path: Path)
     written = ROOT / "build" / "bench.json"
     kept = written.read_bytes() if written.exists() else None
     try:
-        sizes = "--repeats 1 --steps 1 --clients 2 --limit 32 --scale 2,4 --total 4 --width 512"
+        sizes = "--repeats 1 --steps 1 --clients 2 --limit 32 --scale 2,4 --total 4 --width 512 --tokens 200"
         words = [sys.executable, str(ROOT / "benchmarks" / "run.py"), *sizes.split()]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

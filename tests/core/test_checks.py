@@ -42,6 +42,13 @@ def test_a_good_upload_passes_and_is_left_as_it_is():
     check_upload(upload(rotate(GOOD, rotations), rotations), FORM, CheckSettings(max_norm=1e6))
 
 
+def test_an_upload_that_went_far_is_not_dropped_for_saying_so():
+    far = GOOD.map(lambda t: t * 1e15)
+    drift = client_drift(far, FORM, {})
+    assert max(found["move2"] for found in drift.values()) > 2**53
+    check_upload(replace(upload(far), layers=drift), FORM, OPEN)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_good_upload_of_another_precision_passes_where_the_broadcast_has_it_too(dtype):
     form = make_adapter(0, dtype=dtype)

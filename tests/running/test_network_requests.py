@@ -1,21 +1,12 @@
 """What a site makes of odd requests and of its own faults: a refusal with the reason, and it is there for the next."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-from network_faults import Known, known_run
+from network_faults import Known
 
 from fedrot.running.simulation import Simulation
-
-
-@pytest.fixture(scope="module")
-def known(
-    tiny_recipe: Callable[[], dict[str, Any]], tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Known:
-    return known_run(tiny_recipe(), tiny_data, tmp_path_factory.mktemp("known"))
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,13 @@
 """What sites say of their scores: nonsense is left out of the mean, and the log names the site and the reason."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
-from network_faults import OTHERS, Known, Spoil, known_run, says
+from network_faults import OTHERS, Known, Spoil, says
 
 from fedrot.core.errors import RunError
 from fedrot.running.network.messages import Message
-
-
-@pytest.fixture(scope="module")
-def known(
-    tiny_recipe: Callable[[], dict[str, Any]], tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Known:
-    return known_run(tiny_recipe(), tiny_data, tmp_path_factory.mktemp("known"))
 
 
 @pytest.mark.parametrize(

@@ -107,16 +107,19 @@ def _check_silence(upload: Upload, reports: bool, turns: bool) -> None:
 
 def _check_reports(upload: Upload, form: Adapter, metrics: tuple[str, ...]) -> None:
     """The numbers beside the tensors end in log and report: all that are expected must be there, and be numbers."""
-    reports: list[tuple[str, Mapping[str, float], tuple[str, ...]]] = [("metrics", upload.metrics, metrics)]
+    reports: list[tuple[str, Mapping[str, float], tuple[str, ...], int]] = [("metrics", upload.metrics, metrics, 53)]
     if upload.layers:
         if set(upload.layers) != set(form.layers):
             raise RejectedUpload("upload: its drift is not that of the adapter's layers")
-        reports += [(f"drift of {name}", found, DRIFT_KEYS) for name, found in upload.layers.items()]
-    for what, found, keys in reports:
+        # Sums of squares of as many numbers as a layer can have.
+        reports += [(f"drift of {name}", found, DRIFT_KEYS, 3 * 53) for name, found in upload.layers.items()]
+    for what, found, keys, bits in reports:
         for key in keys:
             value = found.get(key)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_MOST < value < _MOST:
-                raise RejectedUpload(f"upload: {what}: {key} must be a finite number, got {_short(value)}")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not -(2**bits) < value < 2**bits:
+                raise RejectedUpload(
+                    f"upload: {what}: {key} must be a finite number below 2^{bits} in size, got {_short(value)}"
+                )
     for phase, seconds in upload.seconds.items():
         if not (isinstance(seconds, (int, float)) and 0 <= seconds < _MOST):
             raise RejectedUpload(
