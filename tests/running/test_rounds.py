@@ -139,13 +139,19 @@ def test_a_bound_on_the_norm_drops_a_huge_upload(make: Any) -> None:
 @pytest.mark.parametrize(
     "method", ["fedit", "fedrot", "flexlora", "flexlora_regauge", "fedrot_svd", "lora_fair", "fedex"]
 )
-def test_the_largest_upload_that_is_let_in_leaves_a_finite_state(make: Any, method: str, exact_clients: str) -> None:
+def test_the_largest_upload_that_is_let_in_leaves_a_state_that_rounds_go_on_from(
+    make: Any, method: str, exact_clients: str
+) -> None:
     recipe = make("--rounds", "1", "--diagnostics.exact_clients", exact_clients, method=method)
     engine = FakeEngine(recipe.method, SIZES)
     most = 2.0**53 - 2.0**30
     engine.faults["a"] = lambda u: replace(u, adapter=u.adapter.map(lambda t: torch.full_like(t, most)), rotation={})
+    if method in ("flexlora", "flexlora_regauge"):  # B holds a product of two such numbers
+        with pytest.raises(RunError, match=r"adapter/layers/x/b holds a value of size .* last good state is kept"):
+            run(recipe, engine)
+        return
     state, seen = run(recipe, engine)
-    assert all(bool(torch.isfinite(t).all()) for _, t in state.broadcast.adapter.tensors())
+    assert all(float(t.abs().max()) < 2**53 for _, t in state.broadcast.adapter.tensors())
     assert float(state.broadcast.adapter.layers["x"].b.abs().max()) > 1e12  # it was let in
     assert all("aggregation" in record and "unmeasured" not in record for record in seen.records)
 

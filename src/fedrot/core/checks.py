@@ -15,7 +15,7 @@ from fedrot.core.settings import CheckSettings
 _ORTHOGONAL = 1e-4
 # No number of an upload is as large as this, in its tensors or beside them: larger ones would overflow in sums, squares
 # and products; those of two factors of rank 4096 stay 2^9 below the largest float32.
-_MOST = 2**53
+TOO_LARGE = 2**53
 
 
 # What every client reports of its local training.
@@ -56,7 +56,7 @@ def check_upload(
             )
     _check_silence(upload, reports, turns)
     for what, count in (("held", upload.held), ("used", upload.used)):
-        if reports and (isinstance(count, bool) or not isinstance(count, int) or not 0 < count < _MOST):
+        if reports and (isinstance(count, bool) or not isinstance(count, int) or not 0 < count < TOO_LARGE):
             raise RejectedUpload(f"upload: examples {what} must be a positive whole number, got {_short(count)}")
     _check_rotation(upload, form)
     _check_reports(upload, form, METRICS if reports else ())
@@ -78,7 +78,7 @@ def _check_tensors(adapter: Adapter, form: Adapter, who: str) -> None:
         most = float(tensor.abs().max()) if tensor.numel() else 0.0
         if not math.isfinite(most):
             raise RejectedUpload(f"{who}: {name} holds values that are not finite (NaN or infinite)")
-        if most >= _MOST:
+        if most >= TOO_LARGE:
             raise RejectedUpload(f"{who}: {name} holds a value of size {most:.3g}; from 2^53 on products overflow")
 
 
@@ -121,7 +121,7 @@ def _check_reports(upload: Upload, form: Adapter, metrics: tuple[str, ...]) -> N
                     f"upload: {what}: {key} must be a finite number below 2^{bits} in size, got {_short(value)}"
                 )
     for phase, seconds in upload.seconds.items():
-        if not (isinstance(seconds, (int, float)) and 0 <= seconds < _MOST):
+        if not (isinstance(seconds, (int, float)) and 0 <= seconds < TOO_LARGE):
             raise RejectedUpload(
                 f"upload: the seconds of {phase} must be a number that is not negative, got {_short(seconds)}"
             )
@@ -129,6 +129,6 @@ def _check_reports(upload: Upload, form: Adapter, metrics: tuple[str, ...]) -> N
 
 def _short(value: object) -> str:
     """A hostile number can have a million digits."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= _MOST:
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= TOO_LARGE:
         return "one above 2**53"
     return repr(value)[:40]

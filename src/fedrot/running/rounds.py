@@ -1,5 +1,6 @@
 """The round: draw clients, broadcast, collect, check, reduce, serve, evaluate, checkpoint. Knows no transport."""
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from fedrot.core.adapter import Adapter
-from fedrot.core.checks import RejectedUpload, check_upload
+from fedrot.core.checks import TOO_LARGE, RejectedUpload, check_upload
 from fedrot.core.diagnostics import Watch, measured, observer
 from fedrot.core.errors import FedrotError, RunError
 from fedrot.core.methods.base import Broadcast, Reduced, ServerState, Upload
@@ -129,7 +130,7 @@ def play_round(
         share = collected.variates.count / len(engine.clients)
         variate = next_variate(broadcast, collected.variates.result().mean, share)
         state = replace(state, broadcast=replace(state.broadcast, variate=variate))
-    _check_finite(state)
+    _check_usable(state)
     collected.spend("aggregate", since)
     shared_head = recipe.lora.head == "shared"
     down = broadcast_bytes(broadcast, shared_head) * len(drawn) + collected.bytes_down
@@ -234,17 +235,20 @@ def serve(recipe: Recipe, state: ServerState, reduced: Reduced) -> ServerState:
     return ServerState(state.broadcast, {**state.memory, **moments})
 
 
-def _check_finite(state: ServerState) -> None:
-    """Raise `RunError` unless all of a round's new state is finite."""
+def _check_usable(state: ServerState) -> None:
+    """Raise `RunError` unless all of a round's new state is finite, and the adapter such that uploads near it pass."""
     sent = state.broadcast
     parts = {"adapter": sent.adapter, "reference": sent.reference, "variate": sent.variate}
     parts |= {"base_delta": sent.base_delta, "base_step": sent.base_step}
     tensors = [(f"{what}/{n}", t) for what, found in parts.items() if found is not None for n, t in found.tensors()]
     for name, tensor in chain(tensors, state.memory.items()):
-        if not bool(torch.isfinite(tensor).all()):
+        most = float(tensor.abs().max()) if tensor.numel() else 0.0
+        limit = TOO_LARGE if name.startswith("adapter/") else math.inf
+        if not most < limit:
+            what = f"holds a value of size {most:.3g}" if most < math.inf else "is not finite (NaN or infinite)"
             raise RunError(
-                f"round {sent.round - 1}: {name} is not finite (NaN or infinite) after the server's step; the last "
-                "good state is kept; lower the learning rates, or bound uploads by checks.max_norm"
+                f"round {sent.round - 1}: {name} {what} after the server's step; the last good state is kept; lower "
+                "the learning rates, or bound uploads by checks.max_norm"
             )
 
 

@@ -15,16 +15,21 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fedrot.core.errors import FedrotError
+from fedrot.core.errors import FedrotError, RunError
 
 # A header holds some numbers for each layer at most; nothing honest comes near this.
 _LONGEST_HEADER = 8 << 20
 # No number in a header is as large as this; larger ones would overflow in sums.
 _MOST = 2**53
+_FAR = 2**159  # sums of squares of such numbers; `check_upload` knows which number may be how large
 
 
 class MessageError(FedrotError):
     """A message that cannot be understood; the text is the reason."""
+
+
+class Refusal(RunError):
+    """What a site does not do, or cannot; the text is for the server and holds nothing of the site's data or paths."""
 
 
 def _nothing() -> Tensor:
@@ -137,7 +142,7 @@ def numbers_of(header: Mapping[str, Any], key: str, known: Collection[str]) -> d
     found: dict[str, float] = value_of(header, key, dict)
     only(found, known)
     for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_MOST < value < _MOST:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_FAR < value < _FAR:
             raise MessageError(f"the message's {key}: {name} must be a number, got {shown(value)}")
     return found
 
