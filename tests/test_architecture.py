@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,13 @@ def test_the_walk_through_adds_a_working_method(
     )
     assert main(["run", str(path), "--method.name", "damped", "--method.step", "2"]) == 2
     assert "method.step must be in (0, 1], got 2.0" in capsys.readouterr().err
+
+
+def test_every_capability_is_listed() -> None:
+    from fedrot.core.methods.base import Capabilities
+
+    (listed,) = re.findall(r"\*\*Capabilities\*\* say .*?: (.*?)\. ", TEXT, flags=re.DOTALL)
+    assert re.findall(r"`(\w+)`", listed) == [field.name for field in fields(Capabilities)]
 
 
 def test_every_file_that_is_named_exists() -> None:

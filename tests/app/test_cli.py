@@ -1,5 +1,6 @@
 """The command line: one line and exit code 2 for everything a user can mend, and light imports."""
 
+import errno
 import json
 import os
 import shutil
@@ -92,6 +93,7 @@ def test_every_command_has_help(cli: Run, capsys: pytest.CaptureFixture[str]) ->
     assert "--local.lr" in cli("run", "--help")[1]
     assert "--method.strength" in cli("run", "--help")[1]
     assert "--method.strength" not in cli("run", "--method.name", "fedit", "--help")[1]
+    assert "--method.strength" not in cli("run", "--method.name=fedit", "--help")[1]
     for command in sorted(set(COMMANDS) - {"run"}):
         with pytest.raises(SystemExit) as stopped:
             main([command, "--help"])
@@ -119,6 +121,8 @@ BAD_RUNS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "unknown key": ({"local": {"ratte": 1}}, [], ["recipe.yaml", "local.ratte"]),
     "wrong type": ({"local": {"lr": "fast"}}, [], ["recipe.yaml", "local.lr", "fast"]),
     "unknown option": ({}, ["--local.ratte", "1"], ["--local.ratte", "--local.lr"]),
+    "nearly an option": ({}, ["--resum"], ["--resum: there is no such option; did you mean '--resume'?"]),
+    "option like none": ({}, ["--colour", "red"], ["--colour: there is no such option; see fedrot run --help"]),
     "missing value": ({}, ["--out"], ["--out"]),
     "unknown method": ({"method": {"name": "fedavg"}}, [], ["fedavg", "fedrot"]),
     "missing file": ({"data": {"train": "nothing.csv"}}, [], ["nothing.csv", "no such file"]),
@@ -174,22 +178,60 @@ def test_a_changed_recipe_a_second_run_and_a_damaged_checkpoint_are_one_line(
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(recipe_file: Any, tmp_path: Path) -> None:
     """The size limit of a process's files stands in for a full disk: writes fail half-way, as there."""
     path, out = recipe_file(rounds=4), tmp_path / "run"
-    words = ["-m", "fedrot.app.cli.main", "run", str(path), "--out", str(out)]
+    words = ["run", str(path), "--out", str(out)]
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({12_000}, resource.RLIM_INFINITY)); "
     ignore = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-    code = limit + ignore + f"import sys; from fedrot.app.cli.main import main; sys.exit(main({words[2:]!r}))"
+    code = limit + ignore + f"import sys; from fedrot.app.cli.main import main; sys.exit(main({words!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith("fedrot: ")
     assert "Traceback" not in done.stderr
     assert "--resume" in done.stderr
     assert (out / "recipe.yaml").exists()
-    resumed = subprocess.run([sys.executable, *words, "--resume"], capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
-    straight = subprocess.run([sys.executable, *words[:-1], str(tmp_path / "straight")], capture_output=True, text=True)
-    assert straight.returncode == 0, straight.stderr
+    assert main([*words, "--resume"]) == 0
+    assert main([*words[:-1], str(tmp_path / "straight")]) == 0
     adapters = [folder / "adapter" / "adapter_model.safetensors" for folder in (out, tmp_path / "straight")]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+RESUME = "finished rounds are on disk, go on with the same command and --resume"
+AGAIN = "finished runs are on disk, the same command goes on"
+
+
+@pytest.mark.parametrize(
+    ("command", "begun", "advice"), [("run", False, ""), ("run", True, RESUME), ("compare", False, AGAIN)]
+)
+def test_what_is_advised_when_work_ends_early_can_be_followed(
+    command: str, begun: bool, advice: str, cli: Run, recipe_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def end(ending: BaseException) -> tuple[int, str]:
+        def run(*arguments: object, **options: object) -> None:
+            if begun:
+                out.mkdir(exist_ok=True)
+                (out / "recipe.yaml").touch()
+            raise ending
+
+        monkeypatch.setattr("fedrot.running.run.run", run)
+        monkeypatch.setattr("fedrot.app.compare.run.run", run)
+        status, _, err = cli(command, recipe_file(), "--out", out)
+        return status, err.splitlines()[-1]
+
+    end_of_line = f"; {advice}" if advice else ""
+    assert end(KeyboardInterrupt()) == (130, f"fedrot: interrupted{end_of_line}")
+    full = OSError(errno.ENOSPC, "No space left on device", "some.file")
+    assert end(full) == (2, f"fedrot: some.file: No space left on device; free some space{end_of_line}")
+
+
+def test_a_full_disk_advises_no_resume_where_there_is_none(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(name: str) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device", name)
+
+    monkeypatch.setattr("fedrot.learning.fetch.fetch", fetch)
+    result = cli("data", "fetch", "vader")
+    one_line(result, "vader: No space left on device; free some space")
+    assert "--resume" not in result[2]
 
 
 def test_no_traceback_and_code_2_in_a_process_of_its_own(tmp_path: Path) -> None:
@@ -226,6 +268,7 @@ def test_data_show_prints_every_client_and_draws_them(cli: Run, recipe_file: Any
     assert status == 0
     for word in ("books", "films", "music", "negative", "positive", "train: 180 examples, 3 clients"):
         assert word in out
+    one_line(cli("data", "show", recipe_file(), "--png", tmp_path / "labels.txt"), "labels.txt: must end in .png")
     assert (tmp_path / "labels.png").read_bytes().startswith(b"\x89PNG")
     status, out, _ = cli("data", "show", recipe_file(), "--partition.kind", "iid", "--partition.clients", "4")
     assert "client-3" in out

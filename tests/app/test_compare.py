@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 from scipy import stats
+from site_runs import simulated
 
 from fedrot.app.cli.main import main
-from fedrot.app.compare.plan import plan, read_seeds, read_variants
-from fedrot.app.compare.table import Outcome, cells, half_width, rows, to_csv, to_markdown
+from fedrot.app.compare.plan import Planned, Variant, plan, read_seeds, read_variants
+from fedrot.app.compare.table import Outcome, cells, half_width, outcome, rows, to_csv, to_markdown
+from fedrot.app.report.comparison_figures import scores, sweep
+from fedrot.app.report.load import load_runs
 from fedrot.core.errors import RecipeError, RunError
+from fedrot.running.folder import RunFolder
 
 
 def made(method: str, seed: int, accuracy: float, setting: str = "", rounds: int | None = 3) -> Outcome:
@@ -49,6 +53,9 @@ def test_variants_are_methods_with_settings_and_swept_values() -> None:
         ("fedit", ["method.strength=0,1"], "method.strength is a setting of none of the methods"),
         ("fedit", ["method.strength"], "--sweep must be key=value"),
         ("fedit", ["lora.rank="], "--sweep must be key=value"),
+        ("fedit", ["seed=1,2"], "--sweep: seed: a comparison sets it for each run; give --seeds"),
+        ("fedit", ["method.name=ffa"], "--sweep: method.name: a comparison sets it for each run; give --methods"),
+        ("fedit", ["name=a,b"], "--sweep: name only names the run"),
     ],
 )
 def test_a_bad_plan_is_refused(methods: str, sweeps: list[str], words: str) -> None:
@@ -176,11 +183,28 @@ def test_a_run_that_fails_is_said_and_the_others_are_compared(
     assert "| fedit local.lr=0.01 |" in shown
 
 
+def test_table_and_figures_have_the_scores_of_the_round_that_was_chosen(tmp_path: Path) -> None:
+    folder = simulated(tmp_path / "fedrot" / "seed-0")  # its scores are 0.5 and 0.6
+    (run,) = load_runs([folder])
+    first = run.metrics[0]["evaluation"]
+    RunFolder(folder).write_json("result.json", {"rounds": 2, "round": 0, "evaluation": first})
+    one = Planned(Variant("fedrot", (), {}), 0, run.recipe, folder)
+    assert outcome(one, 0.5).score == 0.5
+    (run,) = load_runs([folder])
+    for figure in (scores({"fedrot": [run]}), sweep("lora.rank", [("fedrot", "2", run)])):
+        assert 0.5 in [x for line in figure.axes[0].lines for x in (*line.get_xdata(), *line.get_ydata())]
+        assert 0.6 not in [x for line in figure.axes[0].lines for x in (*line.get_xdata(), *line.get_ydata())]
+
+
 def test_it_says_in_one_line_what_is_wrong(recipe_file: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for words, text in (
         (["--baseline", "nope"], "fedrot: --baseline: there is no method 'nope' here; choose fedit or fedrot\n"),
         (["--methods", "fedit", "--method.strength", "1"], "--method.strength: there is no such option"),
         (["--seeds", "x"], "--seeds must be whole numbers"),
+        (["--seed", "5"], "fedrot: --seed: a comparison sets it for each run; give --seeds\n"),
+        (["--method.name=ffa"], "fedrot: --method.name: a comparison sets it for each run; give --methods\n"),
+        (["--method", "fedit,ffa"], "fedrot: --method: a comparison sets it for each run; give --methods\n"),
+        (["--baselin", "fedit"], "--baselin: there is no such option; did you mean '--baseline'?\n"),
     ):
         assert main(["compare", str(recipe_file()), *words]) == 2
         error = capsys.readouterr().err

@@ -207,6 +207,14 @@ def test_worked_examples_that_cannot_be_given_are_refused(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_answers_that_leave_no_place_for_a_prompt_are_refused_before_anything_is_trained(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(recipe), "--evaluation.tokens=80", "--out", str(tmp_path / "run")]) == 2
+    assert "evaluation.tokens is 80" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_eval_runs_generated_programs_only_when_told_to(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,6 +228,10 @@ def test_eval_runs_generated_programs_only_when_told_to(
     assert main([*words, "--run-generated-code", "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert (scores["metric"], scores["examples"], scores["pass_at_1"], scores["failed"]) == ("pass_at_1", 3, 0.0, 3)
+    assert main([*words[:-1], "80", "--run-generated-code"]) == 2
+    err = capsys.readouterr().err
+    assert "evaluation.tokens is 80" in err
+    assert err.count("\n") == 1
 
 
 def test_answers_are_refused_where_there_are_labels(
@@ -252,20 +264,53 @@ def test_an_adapter_merged_into_its_base_gives_the_same_logits_without_peft(
     assert "is there already" in capsys.readouterr().err
 
 
-def test_a_classifier_is_merged_into_its_base_with_its_head(tiny_values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_classifier_is_merged_into_its_base_with_its_head_in_the_revision_it_was_trained_on(
+    tiny_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
     from peft import AutoPeftModelForSequenceClassification
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    path = tmp_path / "tiny.yaml"
+    path, revisions = tmp_path / "tiny.yaml", []
     path.write_text(yaml.safe_dump(tiny_values))
-    assert main(["run", str(path), "--out", str(tmp_path / "run")]) == 0
-    assert main(["merge", str(tmp_path / "run"), "--into-base", "--out", str(tmp_path / "whole")]) == 0
+    assert main(["run", str(path), "--model.revision", "v1.0", "--out", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["revision"] == "v1.0"
+    load = AutoTokenizer.from_pretrained
+
+    def noted(folder: str, revision: str | None = None, **options: Any) -> Any:
+        revisions.append(revision)
+        return load(folder, revision=revision, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoTokenizer, "from_pretrained", noted)
+        for out, base in (("whole", []), ("other", ["--base", tiny_values["model"]["path"]])):
+            words = ["merge", str(tmp_path / "run"), "--into-base", *base, "--out", str(tmp_path / out)]
+            assert main(words) == 0
+    assert revisions == ["v1.0", None]
     whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole").eval()
     apart = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "run" / "adapter", num_labels=2).eval()
     inputs = {"input_ids": torch.tensor([[2, 5, 6, 7, 3]])}
     with torch.no_grad():
         torch.testing.assert_close(whole(**inputs).logits, apart(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_classifier_with_a_layer_before_its_output_is_merged_into_its_base(tiny_model: Path, tmp_path: Path) -> None:
+    """DistilBERT's pre_classifier is saved with the adapter too, and has as many rows as the model is wide."""
+    import torch
+    from learning_helpers import resident, shaken
+    from transformers import AutoModelForSequenceClassification
+
+    from fedrot.learning.into_base import merge_into_base
+
+    folder = write_model(tmp_path / "base", "distilbert", tiny_model, **SIZES["distilbert"])
+    model = resident(folder, targets=["q_lin"], labels=("a", "b", "c"))
+    model.write(shaken(model.read()))
+    model.read().save(tmp_path / "adapter")
+    merge_into_base(tmp_path / "adapter", tmp_path / "whole")
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole").eval()
+    inputs = {"input_ids": torch.tensor([[2, 5, 6, 7, 3]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
+    with torch.no_grad():
+        torch.testing.assert_close(whole(**inputs).logits, model.logits(inputs, "fp32"), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

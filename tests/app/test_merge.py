@@ -85,6 +85,16 @@ def test_settings_and_reference_reach_the_method(folders: list[str], tmp_path: P
         assert not torch.allclose(turned[name], fedit[name], atol=1e-3)
 
 
+def test_a_run_folder_is_a_reference_as_it_is_an_adapter(folders: list[str], tmp_path: Path) -> None:
+    adapter(3, rank=3).save(tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "versions.json").write_text("{}")
+    for name in ("base", "run"):
+        words = ["--method", "fedrot", "--reference", str(tmp_path / name), "--out", str(tmp_path / f"to-{name}")]
+        assert main(["merge", *folders, *words]) == 0
+    found, again = (dict(Adapter.load(tmp_path / f"to-{name}").tensors()) for name in ("base", "run"))
+    assert all(torch.equal(tensor, again[key]) for key, tensor in found.items())
+
+
 def test_compare_lists_every_method_with_its_error(
     folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

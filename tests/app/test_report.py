@@ -2,18 +2,22 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from site_runs import simulated
 
 from fedrot.app.progress import LiveWatcher, round_line
-from fedrot.app.report import figures
+from fedrot.app.report import build, comparison_figures, figures
 from fedrot.app.report.build import build_report
 from fedrot.app.report.load import RunData, load_runs
 from fedrot.app.report.verdict import verdict
 from fedrot.core.errors import RunError
+from fedrot.core.settings import DiagnosticsSettings
 from fedrot.running.recipe import Recipe
 from fedrot.running.recipe_file import parse_recipe
 
@@ -105,8 +109,80 @@ def test_the_verdict_is_one_sentence_and_looks_at_the_later_half(recipe: Recipe)
 def test_without_diagnostics_the_verdict_says_so(recipe: Recipe) -> None:
     bare = record(0)
     del bare["aggregation"], bare["drift"]
-    assert "diagnostics were off" in verdict(data(recipe, [bare]))
+    off = replace(recipe, diagnostics=DiagnosticsSettings(every=0))
+    assert "diagnostics were off" in verdict(data(off, [bare]))
     assert "could not be computed: no convergence." in verdict(data(recipe, [{**bare, "unmeasured": "no convergence"}]))
+
+
+@pytest.mark.parametrize(
+    ("method", "said"), [("fedask", "with fedask uploads are sketches"), ("fedsa", "with fedsa every client keeps a")]
+)
+def test_a_method_whose_uploads_are_not_comparable_factors_was_not_switched_off(
+    method: str, said: str, tiny_values: dict[str, Any]
+) -> None:
+    bare = record(0)
+    del bare["aggregation"], bare["drift"]
+    other = parse_recipe(tiny_values, [f"--method.name={method}"])
+    assert said in verdict(data(other, [bare]))
+    off = replace(other, diagnostics=DiagnosticsSettings(every=0))
+    assert "diagnostics were off" in verdict(data(off, [bare]))
+
+
+def test_a_rule_s_turn_at_the_server_is_an_alignment(tiny_values: dict[str, Any]) -> None:
+    still = [record(i, after=0.1) for i in range(4)]
+    for one in still:
+        one["drift"]["turn_mean"] = 0.0
+    words = "alignment by the server (robust.rule norm) lowered the error by 50.0%"
+    assert words in verdict(data(parse_recipe(tiny_values, ["--method.name=fedit", "--robust.rule=norm"]), still))
+    # Where one factor travels nothing is turned.
+    one_factor = parse_recipe(tiny_values, ["--method.name=ffa", "--robust.rule=norm"])
+    assert "no alignment was made" in verdict(data(one_factor, still))
+
+
+FORMULA = "$50_$100"  # read as mathematics it cannot be drawn
+
+
+def test_a_name_is_drawn_as_it_is_and_never_read_as_mathematics(recipe: Recipe, tmp_path: Path) -> None:
+    runs = [data(recipe, [record(i) for i in range(2)], f"{FORMULA} {name}") for name in "ab"]
+    for one in (line for run in runs for line in run.metrics):
+        one["aggregation"]["sent_relative"] = 1e-5 * 10 ** one["round"]
+        one["evaluation"]["by_client"] = {FORMULA: 0.5, "b": 0.6}
+    groups = {run.label: [run] for run in runs}
+    powers = comparison_figures.error(groups)
+    for figure in (
+        figures.label_shares({FORMULA: [3, 4], "b": [1, 1]}, [FORMULA, f"{FORMULA}0"]),
+        figures.learning(runs),
+        figures.aggregation(runs),
+        figures.clients(runs),
+        figures.cost(runs),
+        comparison_figures.scores(groups),
+        comparison_figures.sweep("data.group", [("fedit", FORMULA, runs[0]), ("fedit", "b", runs[1])]),
+        powers,
+    ):
+        figures.save(figure, tmp_path / "figure.png")
+        assert any(isinstance(text, Text) and FORMULA in text.get_text() for text in figure.findobj())
+    # The powers of ten of a logarithmic axis are mathematics.
+    ticks = [label for label in powers.axes[0].get_yticklabels() if "10^" in label.get_text()]
+    assert ticks
+    assert all(label.get_parse_math() for label in ticks)
+
+
+def test_the_scores_that_count_are_those_of_the_round_that_was_chosen(tiny_values: dict[str, Any]) -> None:
+    best = parse_recipe(tiny_values, ["--evaluation.choose=best", "--evaluation.final=null"])
+    run = data(best, [record(i) for i in range(3)])
+    run.metrics[1]["evaluation"] |= {"accuracy": 0.75, "by_client": {"a": 0.7, "b": 0.8}}
+    assert (run.scores["accuracy"], run.round) == (0.5, 2)  # it has not finished
+    chosen = replace(run, result={"rounds": 3, "round": 1, "evaluation": run.metrics[1]["evaluation"]})
+    (ax,) = figures.clients([chosen]).axes
+    assert ax.get_title() == "Accuracy by client on validation, after round 1"
+    assert [patch.get_width() for patch in ax.patches] == [0.7, 0.8]
+    assert figures.clients([run, chosen]).axes[0].get_title() == "Accuracy by client on validation"
+    page = build._page([chosen], [])
+    assert "accuracy 0.7500" in page
+    assert "round 1 scored best on validation" in page
+    assert "scored best" not in build._page([run], [])
+    final = replace(chosen, result={**chosen.result, "final": record(0)["evaluation"]})
+    assert final.scores["accuracy"] == 0.5
 
 
 def test_every_figure_draws_its_numbers(recipe: Recipe) -> None:
@@ -163,6 +239,17 @@ def test_a_name_with_markup_is_shown_and_not_obeyed(runs: list[Path], tmp_path: 
 def test_two_runs_of_one_method_are_told_apart(runs: list[Path], tmp_path: Path) -> None:
     shutil.copytree(runs[0], tmp_path / "again")
     assert [run.label for run in load_runs([runs[0], tmp_path / "again"])] == ["fedit (fedit)", "fedit (again)"]
+
+
+def test_runs_whose_folders_have_one_name_are_told_apart_by_what_lies_above(tmp_path: Path) -> None:
+    paths = [simulated(tmp_path / name / "seed-0") for name in ("one", "two")]
+    assert [run.label for run in load_runs(paths)] == ["fedrot 0.4 (one/seed-0)", "fedrot 0.4 (two/seed-0)"]
+
+
+def test_runs_of_one_label_have_bars_of_their_own(recipe: Recipe) -> None:
+    left, right = figures.cost([data(recipe, [record(0)]), data(recipe, [record(0)])]).axes
+    assert len({bar.get_x() for bar in left.patches}) == 2
+    assert len({bar.get_x() for bar in right.patches}) == 4
 
 
 def test_a_run_without_a_finished_round_is_refused_by_name(runs: list[Path]) -> None:

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from site_runs import between_sites, exchange, simulated
 
 from fedrot.app.report.build import build_report
+from fedrot.app.report.figures import save
 from fedrot.app.report.load import load_runs
 from fedrot.app.report.timeline import timeline
 from fedrot.running.network.journal import FileJournal
@@ -52,7 +53,7 @@ def test_the_timeline_draws_every_exchange(tmp_path: Path) -> None:
         exchange("$\\frac{$ <b>", "train", 1, 26)
     )  # a name that is no formula, though it looks like one
     figure: Figure = timeline(load_runs([run])[0])
-    figure.draw_without_rendering()
+    save(figure, tmp_path / "timeline.png")
     (ax,) = figure.axes
     assert [label.get_text() for label in ax.get_yticklabels()] == ["$\\frac{$ <b>", "books", "films", "music", "poems"]
     bars = sum(len(found.get_paths()) for found in ax.collections)

@@ -1,12 +1,14 @@
 """`fedrot status`: how a run stands, from its folder alone, between sites and in a simulation."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from site_runs import SCRIPT, START, append, between_sites, exchange, record, simulated
 
 from fedrot.app.cli.main import main
+from fedrot.app.cli.status import last_run
 from fedrot.app.live.summary import Client, by_round, clients, dropped, read_summary
 from fedrot.app.live.words import ago, moment, size
 from fedrot.running.network.journal import FileJournal, read_exchanges
@@ -52,6 +54,10 @@ def test_a_simulation_and_a_server_that_still_waits(
     assert "3 of 4 rounds" in out
     assert "asked" not in out
     assert words(out, "2") == ["2", "-", "upload", "books", "its", "loss", "is", "nan"]
+
+    deep = simulated(tmp_path / "runs" / "demo" / "fedrot", rounds=1)
+    os.utime(deep / "metrics.jsonl", (2e9, 2e9))
+    assert last_run(Path("runs")) == Path("runs/demo/fedrot")  # as `make demo` leaves it
 
     waits = tmp_path / "waits"
     waits.mkdir()

@@ -123,6 +123,7 @@ def test_private_keys_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         (("keys",), "the following arguments are required"),
         (("client", "--server", "h", "--key", "keys/a.key", "--data", "none"), "none: no such folder"),
         (("client", "--server", "h", "--key", "keys/a.key", "--data", "."), "keys/ca.crt: no such file"),
+        (("client", "--server", "h", "--key", ".", "--data", "."), ".: no such file; fedrot keys client"),
         (("client", "--server", "h", "--key", "keys/a.key", "--data", ".", "--threads", "0"), "--threads must be"),
         (("server",), "the following arguments are required"),
         (

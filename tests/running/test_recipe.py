@@ -44,6 +44,12 @@ def test_json_recipes_are_read(tmp_path: Path, tiny_values: dict[str, Any]) -> N
     assert read_recipe(path) == parse_recipe(tiny_values)
 
 
+def test_a_folder_does_not_hide_the_recipe_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vader").mkdir()
+    assert read_recipe(Path("vader")).data.source == "vader"
+
+
 BAD_VALUES = {
     "unknown section": ({"lokal": {}}, ["lokal", "did you mean 'local'"]),
     "unknown key": ({"local": {"stesp": 1}}, ["local.stesp", "did you mean 'steps'"]),
@@ -104,7 +110,7 @@ BAD_FLAGS = {
     "wrong type": (["--rounds", "many"], "rounds must be a whole number"),
     "shortened option": (["--local.l", "3"], "--local.l"),
     "shortened method": (["--method.nam", "fedit"], "--method.nam"),
-    "section as option": (["--model", "cfg.yaml"], "--model"),
+    "section as option": (["--model", "cfg.yaml"], "give its keys, e.g. --model.path"),
     "method as option": (["--method=fedit"], "--method.name"),
 }
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 from fedrot.core.errors import RecipeError, choices
 from fedrot.core.methods import Method, get_method, methods
 from fedrot.core.methods.rotation import FedRot
+from fedrot.core.typed import describe
 from fedrot.running.recipe import SECTIONS, Recipe, flatten
 from fedrot.running.recipe_library import composed, find, reduced
 
@@ -32,12 +33,13 @@ def recipe_parser(method: type[Method], **options: Any) -> ArgumentParser:
     return parser
 
 
-def read_recipe(path: Path, flags: Sequence[str] = (), small: bool = False) -> Recipe:
+def read_recipe(path: Path, flags: Sequence[str] = (), small: bool = False, own: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, or one that comes with fedrot by its name; flags win over the file, and over the changes of a
-    reduced run that `small` asks for. Raises `RecipeError` naming the file and the key.
+    reduced run that `small` asks for. `own` are the command's own options, which a mistyped flag may mean. Raises
+    `RecipeError` naming the file and the key.
     """
     path = find(path)
-    return parse_recipe(reduced(_values(path), small, str(path)), flags, source=str(path))
+    return parse_recipe(reduced(_values(path), small, str(path)), flags, str(path), own)
 
 
 def _values(path: Path, below: tuple[Path, ...] = ()) -> Mapping[str, Any]:
@@ -76,19 +78,22 @@ def _read(path: Path) -> Mapping[str, Any]:
     return values
 
 
-def parse_recipe(values: Mapping[str, Any], flags: Sequence[str] = (), source: str = "recipe") -> Recipe:
-    """Check nested values and flags (`--local.lr 0.01`) and make the recipe of them."""
+def parse_recipe(
+    values: Mapping[str, Any], flags: Sequence[str] = (), source: str = "recipe", own: Sequence[str] = ()
+) -> Recipe:
+    """Check nested values and flags (`--local.lr 0.01`) and make the recipe of them; `own` as in `read_recipe`."""
     values = {key: dict(v) if isinstance(v, Mapping) else v for key, v in values.items()}
     method = _choose_method(values, flags, source)
     _known_keys(values, method, source)
     for flag in flags:
-        if flag.startswith("--") and flag.partition("=")[0].removeprefix("--") in sections_of(method):
-            raise RecipeError(f"{source}: {flag}: this is a section; give its keys, e.g. --method.name or --local.lr")
+        section = flag.partition("=")[0].removeprefix("--")
+        if flag.startswith("--") and (keys := sections_of(method).get(section)):
+            raise RecipeError(f"{source}: {flag}: this is a section; give its keys, e.g. --{section}.{keys[0]}")
     parser = recipe_parser(method)
     try:
         parsed = parser.parse_args(list(flags), namespace=parser.parse_object(values))
     except ArgumentError as problem:
-        raise RecipeError(f"{source}: {explain(str(problem), method)}") from None
+        raise RecipeError(f"{source}: {explain(str(problem), method, own)}") from None
     plain = plain_values(parsed)
     for key, value in flatten(plain).items():
         if value is None and NoneType not in get_args(_type_of(key, method)):
@@ -132,18 +137,24 @@ def _choose_method(values: dict[str, Any], flags: Sequence[str], source: str) ->
     if not isinstance(section, dict):
         raise RecipeError(f"{source}: method must hold keys and values, got {section!r}")
     in_file = section.get("name", FedRot.name)
-    asked = [
-        flag.partition("=")[2] if "=" in flag else ([*list(flags), ""])[i + 1]
-        for i, flag in enumerate(flags)
-        if flag == "--method.name" or flag.startswith("--method.name=")
-    ]
+    asked = method_named(flags)
     try:
-        method = get_method(str(asked[-1] if asked else in_file))
+        method = get_method(str(in_file if asked is None else asked))
     except RecipeError as problem:
         raise RecipeError(f"{source}: {problem}") from None
     if method.name != in_file:
         values["method"] = {"name": method.name}
     return method
+
+
+def method_named(flags: Sequence[str]) -> str | None:
+    """The NAME of the last `--method.name NAME` or `--method.name=NAME`; '' where none follows, None without it."""
+    asked = [
+        flag.partition("=")[2] if "=" in flag else ([*flags, ""])[i + 1]
+        for i, flag in enumerate(flags)
+        if flag == "--method.name" or flag.startswith("--method.name=")
+    ]
+    return asked[-1] if asked else None
 
 
 _TOP = tuple(f.name for f in fields(Recipe) if f.name not in SECTIONS and f.name != "method")
@@ -176,16 +187,18 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; choose {choices(known)}"
 
 
-def explain(message: str, method: type[Method]) -> str:
+def explain(message: str, method: type[Method], own: Sequence[str] = ()) -> str:
     """A parser's message as one line that names the key, what it must be and what it was."""
     match = re.search(r'[Pp]arser key "([\w.]+)"', message)
     value = re.search(r"(?:Got value|Given value): (.*)", message)
     if match and value:
         return f"{match[1]} must be {describe(_type_of(match[1], method))}, got {value[1].strip()!r}"
-    unknown = re.search(r"[Uu]nrecognized arguments: (--[^\s=]+)", message)
+    unknown = re.search(r"[Uu]nrecognized arguments: --([^\s=]+)", message)
     if unknown:
-        known = ["--" + key for key in _flag_names(method)]
-        return f"{unknown[1]}: there is no such option{_nearest(unknown[1], known)}"
+        known = [*(option.removeprefix("--") for option in own), *_flag_names(method)]
+        close = difflib.get_close_matches(unknown[1], known, n=1)
+        hint = f"did you mean '--{close[0]}'?" if close else "see fedrot run --help"
+        return f"--{unknown[1]}: there is no such option; {hint}"
     return " ".join(message.split())
 
 
@@ -200,22 +213,6 @@ def _type_of(key: str, method: type[Method]) -> Any:
         return Literal[tuple(methods())]
     holder = Recipe if not inner else method if section == "method" else SECTIONS.get(section, Recipe)
     return get_type_hints(holder).get(inner or section, Any)
-
-
-def describe(kind: Any) -> str:
-    """A type in words: 'a whole number or null'."""
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "null"}
-    if kind in words:
-        return words[kind]
-    if get_origin(kind) is Literal:
-        return choices(get_args(kind))
-    if get_origin(kind) in (Union, UnionType):
-        return " or ".join(describe(part) for part in get_args(kind))
-    if get_origin(kind) is dict:
-        return f"keys and values (each {describe(get_args(kind)[1])})"
-    if get_origin(kind) is list:
-        return f"a list (each {describe(get_args(kind)[0])})"
-    return str(kind)
 
 
 def changed_key(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

@@ -35,7 +35,7 @@ def _about(path: Path) -> str:
 
 def find(path: Path) -> Path:
     """The file of a recipe: a path, or the name of one that comes with fedrot. `RecipeError` for neither."""
-    if path.exists() or path.suffix in (".yaml", ".yml", ".json"):
+    if (path.exists() and not path.is_dir()) or path.suffix in (".yaml", ".yml", ".json"):
         return path
     if path.as_posix() in (known := recipes()):
         return FOLDER / f"{path.as_posix()}.yaml"

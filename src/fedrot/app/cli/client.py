@@ -46,6 +46,8 @@ def main(words: Sequence[str]) -> int:
         raise FedrotError(f"{call.data}: no such folder; give that of this site's data by --data")
     if call.threads is not None and call.threads < 1:
         raise FedrotError(f"--threads must be at least 1, got {call.threads}")
+    if not call.key.is_file():
+        raise FedrotError(f"{call.key}: no such file; fedrot keys client NAME makes a client's key")
     certificate = call.ca or call.key.with_name("ca.crt")
     if not certificate.is_file():
         raise FedrotError(f"{certificate}: no such file; give the authority's certificate of the server by --ca")
@@ -65,9 +67,10 @@ def main(words: Sequence[str]) -> int:
     agreed = None
     if call.recipe is not None:
         from fedrot.running.recipe_file import read_recipe
+        from fedrot.running.recipe_library import find
 
         read_recipe(call.recipe, ())  # what is wrong with it is said now
-        agreed = str(call.recipe.absolute() if call.recipe.exists() else call.recipe)
+        agreed = str(find(call.recipe).absolute())
     here = Here(name, call.data.absolute(), call.model, compute, call.secure, agreed)
     server = call.server if ":" in call.server.rpartition("]")[2] else f"{call.server}:{_PORT}"
     over = threading.Event()

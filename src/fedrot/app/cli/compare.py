@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedrot.app.cli.advice import AGAIN, advising
 from fedrot.app.cli.parser import CommandParser
 from fedrot.core.errors import FedrotError, choices
 
@@ -12,6 +13,7 @@ Run a recipe with several methods and seeds: same splits, batches, first adapter
 have finished are kept, one that was interrupted goes on. Keys of the recipe can be given as options too."""
 
 
+@advising(AGAIN)
 def main(words: Sequence[str]) -> int:
     """Run what is not there yet; print the table."""
     parser = CommandParser(prog="fedrot compare", description=DESCRIPTION)
@@ -40,7 +42,7 @@ def main(words: Sequence[str]) -> int:
     if baseline not in names:
         raise FedrotError(f"--baseline: there is no method {baseline!r} here; choose {choices(names)}")
     seeds = read_seeds(call.seeds)
-    planned = plan(call.recipe, flags, variants, seeds, call.out, call.small)
+    planned = plan(call.recipe, flags, variants, seeds, call.out, call.small, parser.own)
     out = planned[0].folder.parents[1]
     failed = run_all(planned, lambda text: print(text, file=sys.stderr, flush=True), make_watcher)
     found = summarise(planned, baseline, call.target, failed, out)

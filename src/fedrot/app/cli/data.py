@@ -28,9 +28,9 @@ def main(words: Sequence[str]) -> int:
     if call.action == "fetch":
         return _fetch(call.names)
     if call.action == "show":
-        return _show(call.recipe, call.png, flags, call.small)
+        return _show(call.recipe, call.png, flags, call.small, show.own)
     if call.action == "divide":
-        return _divide(call.recipe, call.out, flags, call.small)
+        return _divide(call.recipe, call.out, flags, call.small, parts.own)
     return _list()
 
 
@@ -58,11 +58,13 @@ def _fetch(names: Sequence[str]) -> int:
     return 0
 
 
-def _show(path: Path, png: Path | None, flags: Sequence[str], small: bool) -> int:
+def _show(path: Path, png: Path | None, flags: Sequence[str], small: bool, own: Sequence[str]) -> int:
+    if png is not None and png.suffix != ".png":
+        raise FedrotError(f"--png: {png}: must end in .png")
     from fedrot.running.prepare import divided
     from fedrot.running.recipe_file import read_recipe
 
-    dataset, partition = divided(read_recipe(path, flags, small))
+    dataset, partition = divided(read_recipe(path, flags, small, own))
     labels = partition.strata.names
     width = max(len(client) for client in partition.clients)
     for split, rows in dataset.splits.items():
@@ -79,7 +81,7 @@ def _show(path: Path, png: Path | None, flags: Sequence[str], small: bool) -> in
     return 0
 
 
-def _divide(path: Path, out: Path, flags: Sequence[str], small: bool) -> int:
+def _divide(path: Path, out: Path, flags: Sequence[str], small: bool, own: Sequence[str]) -> int:
     import yaml
 
     from fedrot.learning.written import columns, write_clients
@@ -88,7 +90,7 @@ def _divide(path: Path, out: Path, flags: Sequence[str], small: bool) -> int:
 
     if (out / "recipe.yaml").exists():
         raise FedrotError(f"{out / 'recipe.yaml'}: is there already; choose another folder by --out")
-    recipe = read_recipe(path, flags, small)
+    recipe = read_recipe(path, flags, small, own)
     dataset, partition = divided(recipe)
     for folder in write_clients(dataset, partition, out / "data"):
         print(folder)

@@ -48,13 +48,14 @@ def main(words: Sequence[str]) -> int:
         if not call.run_generated_code:
             raise FedrotError("humaneval runs programs that the model writes: say so by --run-generated-code")
         problems, flags = _data_path(flags)
-        recipe = _recipe(adapter, call.recipe, flags)
+        recipe = _recipe(adapter, call.recipe, flags, parser.own)
         scores = score_programs(adapter, recipe, problems, call.limit, lambda text: print(text, file=sys.stderr))
     elif call.task == "gsm8k":
-        recipe = parse_recipe(gsm8k_values(_recipe(adapter, call.recipe, [])), flags, source="gsm8k")
+        recipe = parse_recipe(gsm8k_values(_recipe(adapter, call.recipe)), flags, "gsm8k", parser.own)
         scores = score_adapter(adapter, recipe, call.split, call.limit, answers=True).record()
     else:
-        scores = score_adapter(adapter, _recipe(adapter, call.recipe, flags), call.split, call.limit).record()
+        recipe = _recipe(adapter, call.recipe, flags, parser.own)
+        scores = score_adapter(adapter, recipe, call.split, call.limit).record()
     if call.json:
         print(json.dumps(scores))
         return 0
@@ -71,15 +72,15 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _recipe(adapter: Path, path: Path | None, flags: Sequence[str]) -> "Recipe":
+def _recipe(adapter: Path, path: Path | None, flags: Sequence[str] = (), own: Sequence[str] = ()) -> "Recipe":
     """The recipe that was named, or that of the adapter's run folder."""
     from fedrot.running.folder import RunFolder
     from fedrot.running.recipe_file import parse_recipe, read_recipe
 
     if path is not None:
-        return read_recipe(path, flags)
+        return read_recipe(path, flags, own=own)
     if (home := _home(adapter)) is not None:
-        return parse_recipe(RunFolder(home).recipe().to_dict(), flags, source=str(home / "recipe.yaml"))
+        return parse_recipe(RunFolder(home).recipe().to_dict(), flags, str(home / "recipe.yaml"), own)
     raise FedrotError(f"{adapter}: not in a run folder; say by --recipe which model and data to score it with")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from fedrot import __version__
+from fedrot.app.cli.advice import advised
 from fedrot.core.errors import FedrotError, choices
 
 COMMANDS = {
@@ -54,13 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as problem:
         return complain(disk_problem(problem))
-    except KeyboardInterrupt:
-        advice = (
-            "; finished rounds are on disk, go on with the same command and --resume"
-            if words[0] in ("run", "server")
-            else ""
-        )
-        return complain("interrupted" + advice, 130)
+    except KeyboardInterrupt as stopped:
+        return complain(f"interrupted{advised(stopped)}", 130)
     return status
 
 
@@ -91,9 +87,9 @@ def complain(message: str, status: int = 2) -> int:
 def disk_problem(problem: OSError) -> str:
     """An operating-system error in words, with the way out where it is known."""
     where = f"{problem.filename}: " if problem.filename else ""
-    advice = "; nothing already written is lost; free some space and go on with --resume"
     full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return f"{where}{problem.strerror or problem}{advice if full else ''}"
+    advice = f"; free some space{advised(problem)}" if full else ""
+    return f"{where}{problem.strerror or problem}{advice}"
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ base model gives the change back as extra rank, so that the merged adapter alone
 def main(words: Sequence[str]) -> int:
     """Merge, save, and say what it cost."""
     parser = CommandParser(prog="fedrot merge", description=DESCRIPTION)
-    parser.add_argument("adapters", nargs="+", type=Path, metavar="ADAPTER", help="PEFT adapter folders")
+    parser.add_argument(
+        "adapters", nargs="+", type=Path, metavar="ADAPTER", help="PEFT adapter folders, or run folders"
+    )
     parser.add_argument("--out", type=Path, help="folder of the merged adapter")
     parser.add_argument("--method", default="fedrot_svd", help="the method (default: fedrot_svd)")
     parser.add_argument("--weights", help="a number an adapter, with commas between (default: all alike)")
@@ -41,13 +43,11 @@ def main(words: Sequence[str]) -> int:
         raise FedrotError("--base is for --into-base")
     if not call.compare and call.out is None:
         raise FedrotError("give the folder of the merged adapter by --out")
-    from fedrot.core.adapter import Adapter
-
     if call.into_base:
         return _into_base(call.adapters, call.out, call.base, rest)
     adapters = [_load(path) for path in call.adapters]
     weights = _weights(call.weights, call.adapters)
-    reference = None if call.reference is None else Adapter.load(call.reference)
+    reference = None if call.reference is None else _load(call.reference)
     if call.compare:
         if rest:
             raise FedrotError(f"{rest[0]}: settings are for one method, --compare shows every method with its defaults")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedrot.app.cli.advice import RESUME, advising
 from fedrot.app.cli.parser import CommandParser
 from fedrot.core.errors import FedrotError
 
@@ -34,6 +35,7 @@ class Call:
     cpus: int
     gpus: float
     flags: list[str]  # recipe keys
+    own: list[str]  # the command's own options
 
 
 def read_call(words: Sequence[str]) -> Call:
@@ -52,17 +54,16 @@ def read_call(words: Sequence[str]) -> Call:
         raise FedrotError(f"--ray.cpus and --ray.gpus are for --engine {ENGINES[1]}")
     if own.cpus < 1 or not 0 <= own.gpus < float("inf"):
         raise FedrotError("--ray.cpus must be at least 1, --ray.gpus at least 0")
-    return Call(Path(words[0]), **vars(own), flags=flags)
+    return Call(Path(words[0]), **vars(own), flags=flags, own=parser.own)
 
 
 def show_help(words: Sequence[str]) -> None:
     """Help for all keys, with the settings of the method that is named, or of the default one."""
     from fedrot.core.methods import get_method
     from fedrot.core.methods.rotation import FedRot
-    from fedrot.running.recipe_file import recipe_parser
+    from fedrot.running.recipe_file import method_named, recipe_parser
 
-    named = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--method.name"]
-    parser = recipe_parser(get_method(named[-1] if named else FedRot.name), prog="fedrot run", description=DESCRIPTION)
+    parser = recipe_parser(get_method(method_named(words) or FedRot.name), prog="fedrot run", description=DESCRIPTION)
     parser.usage = "fedrot run RECIPE [--out DIR] [--resume] [--small] [--KEY VALUE ...]"
     own = parser.add_argument_group("the command's own options")
     own.add_argument("--out", help="the run folder (default: runs/NAME)")
@@ -88,14 +89,15 @@ def main(words: Sequence[str]) -> int:
     from fedrot.running.recipe_file import read_recipe
     from fedrot.running.run import run
 
-    recipe = read_recipe(call.recipe, call.flags, call.small)
+    recipe = read_recipe(call.recipe, call.flags, call.small, call.own)
     out = call.out or Path("runs") / recipe.name
-    with make_watcher() as watcher:
-        if call.engine == ENGINES[1]:
-            folder = _on_ray(recipe, out, watcher, call)
-        else:
-            folder = run(recipe, out, watcher, resume=call.resume)
-    conclude(folder)
+    with advising(RESUME, out / "recipe.yaml"):
+        with make_watcher() as watcher:
+            if call.engine == ENGINES[1]:
+                folder = _on_ray(recipe, out, watcher, call)
+            else:
+                folder = run(recipe, out, watcher, resume=call.resume)
+        conclude(folder)
     return 0
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedrot.app.cli.advice import RESUME, advising
 from fedrot.app.cli.parser import CommandParser
 from fedrot.app.cli.service import log_here, until_terminated
 from fedrot.core.errors import FedrotError
@@ -32,6 +33,7 @@ class Call:
     grace: float
     page: int | None
     flags: list[str]  # recipe keys
+    own: list[str]  # the command's own options
 
 
 def read_call(words: Sequence[str]) -> Call:
@@ -58,9 +60,10 @@ def read_call(words: Sequence[str]) -> Call:
     )
     parser.add_argument("--page", type=int, metavar="PORT", help="serve a page of how the run stands, on this machine")
     own, flags = parser.parse_known_args(list(words))
-    return Call(**vars(own), flags=flags)
+    return Call(**vars(own), flags=flags, own=parser.own)
 
 
+@advising(RESUME)
 def main(words: Sequence[str]) -> int:
     """Run the recipe with the sites, then write the report."""
     call = read_call(words)
@@ -70,7 +73,7 @@ def main(words: Sequence[str]) -> int:
     from fedrot.running.recipe_file import read_recipe
     from fedrot.running.run import run
 
-    recipe = read_recipe(call.recipe, call.flags, call.small)
+    recipe = read_recipe(call.recipe, call.flags, call.small, call.own)
     out = call.out or Path("runs") / recipe.name
     resume = call.resume and (out / "recipe.yaml").exists()
     if not call.resume and (out / "recipe.yaml").exists():

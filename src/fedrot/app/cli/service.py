@@ -9,8 +9,13 @@ from types import FrameType
 
 
 def log_here(path: Path) -> None:
-    """What fedrot says of its work goes to stderr and, with the time, to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """What fedrot says of its work goes to stderr and, with the time, to a file.
+
+    Its folder is for this user alone from then on: a server's has what clients sent, a client's what it keeps.
+    """
+    from fedrot.core.files import private_folder  # with torch
+
+    private_folder(path.parent)
     log = logging.getLogger("fedrot")
     log.setLevel(logging.INFO)
     log.propagate = False

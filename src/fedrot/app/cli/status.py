@@ -1,5 +1,6 @@
 """`fedrot status [RUN] [--follow | --serve [--host H] [--port P] [--token-file F]]`."""
 
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ def main(words: Sequence[str]) -> int:
     """Print how a run stands, once or for as long as it lasts, or serve it as a page until Ctrl-C."""
     parser = CommandParser(prog="fedrot status", description=DESCRIPTION)
     parser.add_argument(
-        "run", nargs="?", type=Path, metavar="RUN", help="run folder (default: the one in runs/ that changed last)"
+        "run", nargs="?", type=Path, metavar="RUN", help="run folder (default: the one below runs/ that changed last)"
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--follow", action="store_true", help="look again every two seconds until the run has finished")
@@ -49,10 +50,15 @@ def main(words: Sequence[str]) -> int:
 
 
 def last_run(runs: Path) -> Path:
-    """The run folder below `runs` that changed last. `FedrotError` where there is none."""
-    found = [path for path in runs.glob("*/") if (path / "recipe.yaml").exists() or (path / "sites.json").exists()]
+    """The run folder below `runs`, at any depth, that changed last. `FedrotError` where there is none."""
+    found: list[Path] = []
+    for above, names, _ in os.walk(runs):
+        for path in [Path(above, name) for name in names]:
+            if (path / "recipe.yaml").exists() or (path / "sites.json").exists():
+                found.append(path)
+                names.remove(path.name)  # no run lies in another
     if not found:
-        raise FedrotError(f"give a run folder: fedrot status RUN (there is none in {runs}/)")
+        raise FedrotError(f"give a run folder: fedrot status RUN (there is none below {runs}/)")
     return max(found, key=lambda path: max(file.stat().st_mtime for file in path.iterdir()))
 
 

@@ -13,6 +13,9 @@ from fedrot.running.folder import RunFolder
 from fedrot.running.recipe import Recipe
 from fedrot.running.recipe_file import changed_key, read_recipe
 
+# Keys that a comparison sets itself, and by what it is told them.
+_OWN = {"seed": "--seeds", "method.name": "--methods", "method": "--methods"}
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -58,7 +61,8 @@ def read_variants(methods: str, sweeps: Sequence[str]) -> list[Variant]:
     """`methods` is 'fedit,fedrot,fedrot:factor=joint:strength=1'; a sweep is 'method.strength=0,.2,.4' or of any other
     key. A sweep of a setting that a method does not have leaves that method as one row.
 
-    Raises `RecipeError` for an unknown method, a setting that no method has, or a row that comes twice.
+    Raises `RecipeError` for an unknown method, a setting that no method has, a key that cannot be swept, or a row that
+    comes twice.
     """
     listed = [_swept(sweep) for sweep in sweeps]
     used: set[str] = set()
@@ -96,7 +100,12 @@ def _swept(text: str) -> tuple[str, list[str]]:
     listed = [value.strip() for value in values.split(",") if value.strip()]
     if not equals or not listed:
         raise RecipeError(f"--sweep must be key=value,value,..., e.g. method.strength=0,.4,1, got {text!r}")
-    return key.strip().removeprefix("--"), listed
+    key = key.strip().removeprefix("--")
+    if key == "name":
+        raise RecipeError("--sweep: name only names the run; sweep a key that changes what is run")
+    if key in _OWN:
+        raise RecipeError(f"--sweep: {key}: a comparison sets it for each run; give {_OWN[key]}")
+    return key, listed
 
 
 def read_seeds(text: str) -> list[int]:
@@ -117,16 +126,21 @@ def plan(
     seeds: Sequence[int],
     out: Path | None,
     small: bool = False,
+    own: Sequence[str] = (),
 ) -> list[Planned]:
     """Every run, seed by seed, so that what is there after a while can be compared; in runs/NAME-compared if not `out`.
+    `own` are the command's own options, to suggest.
 
     Raises `RecipeError` for a combination that cannot work, `RunError` where a run of another recipe is in the way:
     both before anything is run.
     """
+    for key in (flag.removeprefix("--").partition("=")[0] for flag in flags if flag.startswith("--")):
+        if key in _OWN:
+            raise RecipeError(f"--{key}: a comparison sets it for each run; give {_OWN[key]}")
     planned: list[Planned] = []
     for seed in seeds:
         for variant in variants:
-            recipe = read_recipe(path, [*flags, *variant.flags, f"--seed={seed}"], small)
+            recipe = read_recipe(path, [*flags, *variant.flags, f"--seed={seed}"], small, own)
             if not recipe.evaluation.every:
                 raise RecipeError("evaluation.every: a comparison is of scores in rounds; set it to 1 or more")
             root = out or Path("runs") / f"{recipe.name}-compared"

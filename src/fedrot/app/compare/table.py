@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from fedrot.app.compare.plan import Planned
+from fedrot.app.report.load import scores_that_count
 from fedrot.learning.scores import LOWER_IS_BETTER, main_score
 from fedrot.running.folder import RunFolder
 
@@ -73,7 +74,7 @@ def outcome(one: Planned, target: float) -> Outcome:
     """The numbers of a finished run."""
     folder = RunFolder(one.folder)
     metrics, result = folder.metrics(), folder.read_json("result.json")
-    scores = result.get("answers") or result.get("final") or result["evaluation"]
+    scores = scores_that_count(result, metrics)
     falls = result["evaluation"]["metric"] in LOWER_IS_BETTER
 
     def reaches(score: float) -> bool:

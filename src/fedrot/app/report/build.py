@@ -131,8 +131,7 @@ def _limited(run: RunData) -> list[tuple[str, int, int, float, float]]:
 
 def _summary(run: RunData) -> dict[str, Any]:
     """A run's row of the table and its details."""
-    scored = [record["evaluation"] for record in run.metrics if "evaluation" in record]
-    final = run.result.get("answers") or run.result.get("final") or (scored[-1] if scored else None)
+    chosen = run.result.get("round") if run.recipe.evaluation.choose == "best" else None
     dropped = [
         (record["round"], client, reason)
         for record in run.metrics
@@ -147,7 +146,9 @@ def _summary(run: RunData) -> dict[str, Any]:
         "epsilon": epsilon(run),
         "rounds": len(run.metrics),
         "planned": run.recipe.rounds,
-        "final": final,
+        "scores": run.scores,
+        "chosen": chosen,
+        "chosen_on": run.recipe.evaluation.split,
         "megabytes_up": sum(record["bytes"]["up"] for record in run.metrics) / 1e6,
         "seconds": sum(record["seconds"]["round"] for record in run.metrics),
         "dropped": dropped,

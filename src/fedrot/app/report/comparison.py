@@ -6,8 +6,8 @@ from typing import Any
 
 from fedrot.app.compare.plan import Planned
 from fedrot.app.report.build import draw, page
-from fedrot.app.report.figures import last_in_rounds, score_name
-from fedrot.app.report.load import RunData, load_runs
+from fedrot.app.report.figures import score_name
+from fedrot.app.report.load import RunData, last_in_rounds, load_runs
 from fedrot.core.files import write_atomic
 from fedrot.running.recipe_file import to_yaml
 
@@ -31,7 +31,7 @@ def build_comparison(
         title=f"{runs[0].recipe.name}: {len(groups)} rows, {len({one.seed for one in planned})} seeds",
         table=table,
         target=target,
-        metric=score_name(last_in_rounds(runs[0])),
+        metric=score_name(last_in_rounds(runs[0].metrics)),
         baseline=baseline,
         failed=dict(failed),
         made_up=runs[0].recipe.data.made_up,
@@ -54,7 +54,7 @@ def _plan(planned: Sequence[Planned], groups: Mapping[str, list[RunData]]) -> li
             "Score and loss by round, mean and standard deviation over seeds.",
             lambda: figures.score(groups),
         ),
-        ("scores", "The last score of every seed, with the mean.", lambda: figures.scores(groups)),
+        ("scores", "The score of every seed, with the mean.", lambda: figures.scores(groups)),
     ]
     if any("aggregation" in record for runs in groups.values() for run in runs for record in run.metrics):
         plan += [
@@ -79,7 +79,7 @@ def _plan(planned: Sequence[Planned], groups: Mapping[str, list[RunData]]) -> li
         plan.append(
             (
                 f"sweep-{key.replace('.', '-')}",
-                f"Last score against {key}, mean and standard deviation over seeds; a method that does not have it "
+                f"Score against {key}, mean and standard deviation over seeds; a method that does not have it "
                 "is a line across.",
                 lambda key=key, points=points: figures.sweep(key, points),
             )

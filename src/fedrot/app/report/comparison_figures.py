@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from fedrot.app.report.figures import COLOURS, by_round, empty_figure, last_in_rounds, last_scores, score_name
-from fedrot.app.report.load import RunData
+from fedrot.app.report.figures import COLOURS, by_round, empty_figure, score_name
+from fedrot.app.report.load import RunData, last_in_rounds
 from fedrot.learning.scores import main_score
 
 Groups = Mapping[str, Sequence[RunData]]  # row -> its runs, a seed each
@@ -62,25 +62,26 @@ def score(groups: Groups) -> Figure:
     _band(axes[0], groups, lambda r: main_score(r["evaluation"]))
     _band(axes[1], groups, lambda r: r["evaluation"]["loss"])
     split = next(iter(groups.values()))[0].recipe.evaluation.split
-    name = score_name(last_in_rounds(_first(groups)))
+    name = score_name(last_in_rounds(_first(groups).metrics))
     by_round(axes[0], f"{name.capitalize()} on {split}", name)
     by_round(axes[1], f"Loss on {split}", "cross-entropy")
     return _finish(figure, axes)
 
 
 def scores(groups: Groups) -> Figure:
-    """Every seed's last score as a dot, the mean as a line."""
+    """Every seed's score as a dot, the mean as a line."""
     figure, (ax,) = empty_figure(1, height=max(2.2, 1.0 + 0.3 * len(groups)))
     for number, runs in enumerate(groups.values()):
-        values = [main_score(last_scores(run)) for run in runs]
+        values = [main_score(run.scores) for run in runs]
         ax.plot(values, [number] * len(values), "o", markersize=5, alpha=0.7, color=style(number)["color"])
         ax.plot([mean(values)] * 2, [number - 0.35, number + 0.35], color="#333333", linewidth=1.5)
     ax.set_yticks(range(len(groups)), list(groups), fontsize=8)
-    name = score_name(last_scores(_first(groups)))
+    first = _first(groups).scores
+    name = score_name(first)
     ax.set_ylim(len(groups) - 0.5, -0.5)
     ax.grid(False)
     ax.grid(True, axis="x", alpha=0.25)
-    ax.set_title(f"{name.capitalize()} on {last_scores(_first(groups))['split']}, every seed", fontsize=11)
+    ax.set_title(f"{name.capitalize()} on {first['split']}, every seed", fontsize=11)
     return figure
 
 
@@ -124,14 +125,14 @@ def rotation(groups: Groups) -> Figure:
 
 
 def sweep(key: str, points: Sequence[tuple[str, str | None, RunData]]) -> Figure:
-    """Last score against a swept key: (row without the key, its value or None, run)."""
+    """Score against a swept key: (row without the key, its value or None, run)."""
     order = list(dict.fromkeys(value for _, value, _ in points if value is not None))
     numbers = [number for value in order if (number := _number(value)) is not None]
     numeric = len(numbers) == len(order)
     places = numbers if numeric else [float(place) for place in range(len(order))]
     figure, (ax,) = empty_figure(1, height=4.0)
     for number, row in enumerate(dict.fromkeys(row for row, _, _ in points)):
-        mine = [(value, main_score(last_scores(run))) for r, value, run in points if r == row]
+        mine = [(value, main_score(run.scores)) for r, value, run in points if r == row]
         if all(value is None for value, _ in mine):
             ax.axhline(mean(a for _, a in mine), label=row, **style(number))
             continue
@@ -150,7 +151,7 @@ def sweep(key: str, points: Sequence[tuple[str, str | None, RunData]]) -> Figure
     if not numeric:
         ax.set_xticks(places, order)
     ax.set_xlabel(key)
-    name = score_name(last_scores(points[0][2]))
+    name = score_name(points[0][2].scores)
     ax.set_ylabel(name)
     ax.set_title(f"{name.capitalize()} against {key}", fontsize=11)
     return _finish(figure, [ax])

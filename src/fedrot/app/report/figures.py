@@ -8,9 +8,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from fedrot.app.report.load import RunData
+from fedrot.app.report.load import RunData, last_in_rounds
 from fedrot.learning.scores import LOWER_IS_BETTER, main_score
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
@@ -19,10 +20,22 @@ PHASES = ("train", "align", "check", "aggregate", "diagnose", "evaluate")
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG."""
+    """Write a PNG. Its words are drawn as they are."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _no_mathematics(figure)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=150)
+
+
+def _no_mathematics(figure: Figure) -> None:
+    """Names of clients, labels and runs are others', and `$` in them begins no formula; the powers of ten of a
+    logarithmic axis are formulas.
+    """
+    axes = [axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis) if axis.get_scale() == "log"]
+    powers = [label for axis in axes for label in axis.get_ticklabels(which="both")]
+    for text in figure.findobj():
+        if isinstance(text, Text) and text not in powers:
+            text.set_parse_math(False)
 
 
 def empty_figure(columns: int = 1, height: float = 3.4) -> tuple[Figure, list[Axes]]:
@@ -71,7 +84,7 @@ def learning(runs: Sequence[RunData]) -> Figure:
         _line(right, run, lambda r: r["evaluation"]["loss"], f"{run.label}, evaluation", color=colour)
         _line(right, run, lambda r: r["train"]["loss"], f"{run.label}, local training", color=colour, linestyle=":")
     split = runs[0].recipe.evaluation.split
-    name = score_name(last_in_rounds(runs[0]))
+    name = score_name(last_in_rounds(runs[0].metrics))
     by_round(left, f"{name.capitalize()} on {split}", name)
     by_round(right, "Loss", "cross-entropy")
     return figure
@@ -147,8 +160,10 @@ def label_shares(counts: Mapping[str, Sequence[int]], labels: Sequence[str]) -> 
     many = len(labels) > len(COLOURS)
     for number, label in enumerate(labels):
         values = [counts[client][number] for client in clients]
-        ax.barh(clients, values, left=left, color=COLOURS[number % len(COLOURS)], label=None if many else label)
+        colour = COLOURS[number % len(COLOURS)]
+        ax.barh(range(len(clients)), values, left=left, color=colour, label=None if many else label)
         left = [a + b for a, b in zip(left, values, strict=True)]
+    ax.set_yticks(range(len(clients)), clients)
     ax.invert_yaxis()
     ax.grid(False)
     ax.grid(True, axis="x", alpha=0.25)
@@ -159,39 +174,31 @@ def label_shares(counts: Mapping[str, Sequence[int]], labels: Sequence[str]) -> 
 
 
 def clients(runs: Sequence[RunData]) -> Figure:
-    """The last score of every client's part of the split."""
-    runs = [run for run in runs if last_in_rounds(run)]
-    last = [last_scores(run) for run in runs]
-    names = sorted({client for scores in last for client in scores["by_client"]})
+    """The score of every client's part of the split."""
+    runs = [run for run in runs if last_in_rounds(run.metrics)]
+    found = [run.scores for run in runs]
+    names = sorted({client for scores in found for client in scores["by_client"]})
     figure, (ax,) = empty_figure(1, height=max(2.0, 0.8 + 0.28 * len(names) * len(runs)))
     step = 0.8 / len(runs)
-    for number, ((run, colour), scores) in enumerate(zip(_colours(runs), last, strict=True)):
+    for number, ((run, colour), scores) in enumerate(zip(_colours(runs), found, strict=True)):
         places = [i + (number - (len(runs) - 1) / 2) * step for i in range(len(names))]
         ax.barh(places, [scores["by_client"].get(n, 0.0) for n in names], height=step, color=colour, label=run.label)
-    ax.set_yticks(range(len(names)), names, parse_math=False)  # a name is a client's own
+    ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.grid(False)
     ax.grid(True, axis="x", alpha=0.25)
-    name = score_name(last[0])
+    name, rounds = score_name(found[0]), {run.round for run in runs}
     if name not in LOWER_IS_BETTER:
         ax.set_xlim(0, 1)
-    ax.set_title(f"{name.capitalize()} by client on {last[0]['split']}, after the last round", fontsize=11)
+    after = f", after round {rounds.pop()}" if len(rounds) == 1 else ""
+    ax.set_title(f"{name.capitalize()} by client on {found[0]['split']}{after}", fontsize=11)
     _legend_below(ax, len(runs))
     return figure
-
-
-def last_scores(run: RunData) -> dict[str, Any]:
-    """The final scores, or those of the last round that was scored."""
-    return run.result.get("answers") or run.result.get("final") or last_in_rounds(run)
 
 
 def score_name(scores: Mapping[str, Any]) -> str:
     """What the score that counts is called."""
     return str(scores.get("metric", "score")).replace("_", " ")
-
-
-def last_in_rounds(run: RunData) -> dict[str, Any]:
-    return next((r["evaluation"] for r in reversed(run.metrics) if "evaluation" in r), {})
 
 
 def privacy(runs: Sequence[RunData]) -> Figure:
@@ -209,18 +216,19 @@ def privacy(runs: Sequence[RunData]) -> Figure:
 def cost(runs: Sequence[RunData]) -> Figure:
     """Seconds by phase and bytes by direction, all rounds together."""
     figure, (left, right) = empty_figure(2)
-    names = [run.label for run in runs]
+    names, places = [run.label for run in runs], range(len(runs))
     bottom = [0.0] * len(runs)
     for number, phase in enumerate(PHASES):
         values = [sum(record["seconds"].get(phase, 0.0) for record in run.metrics) for run in runs]
-        left.bar(names, values, bottom=bottom, color=COLOURS[number], label=phase, width=0.5)
+        left.bar(places, values, bottom=bottom, color=COLOURS[number], label=phase, width=0.5)
         bottom = [a + b for a, b in zip(bottom, values, strict=True)]
+    left.set_xticks(places, names)
     left.set_title("Seconds by phase, workers added up", fontsize=11)
     _legend_below(left, 3)
     for offset, way, colour in ((-0.2, "down", COLOURS[0]), (0.2, "up", COLOURS[1])):
         values = [sum(record["bytes"][way] for record in run.metrics) / 1e6 for run in runs]
-        right.bar([i + offset for i in range(len(runs))], values, width=0.4, color=colour, label=way)
-    right.set_xticks(range(len(runs)), names)
+        right.bar([i + offset for i in places], values, width=0.4, color=colour, label=way)
+    right.set_xticks(places, names)
     right.set_title("Megabytes, server to clients (down) and back (up)", fontsize=11)
     _legend_below(right, 2)
     return figure

@@ -1,7 +1,7 @@
 """What a report is made of: the files of run folders, read once."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,29 @@ class RunData:
         """(rounds, values) for the rounds in which `pick` finds a value."""
         found = [(record["round"], value) for record in self.metrics if (value := _try(pick, record)) is not None]
         return [r for r, _ in found], [v for _, v in found]
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """The scores that count, as `scores_that_count` finds them."""
+        return scores_that_count(self.result, self.metrics)
+
+    @property
+    def round(self) -> int:
+        """The round whose adapter has these scores."""
+        scored = [record["round"] for record in self.metrics if "evaluation" in record]
+        return int(self.result.get("round", scored[-1] if scored else self.metrics[-1]["round"]))
+
+
+def scores_that_count(result: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A run's answers, or its final scores, or those of the round that gave the result; of a run that has not finished,
+    those of the last round that was scored. Empty where nothing was scored.
+    """
+    return result.get("answers") or result.get("final") or result.get("evaluation") or last_in_rounds(metrics)
+
+
+def last_in_rounds(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The scores of the last round that was scored; empty where none was."""
+    return next((record["evaluation"] for record in reversed(metrics) if "evaluation" in record), {})
 
 
 def _try(pick: Callable[[dict[str, Any]], Any], record: dict[str, Any]) -> Any:
@@ -70,8 +93,11 @@ def _label(recipe: Recipe) -> str:
 
 
 def _distinct(runs: list[RunData]) -> list[RunData]:
-    """Runs of one method and strength are told apart by their folders' names."""
+    """Runs of one method and strength are told apart by the ends of their paths, as long as it takes."""
     labels = [run.label for run in runs]
-    if len(set(labels)) == len(labels):
-        return runs
-    return [RunData(**{**vars(run), "label": f"{run.label} ({run.path.name})"}) for run in runs]
+    parts = [run.path.resolve().parts for run in runs]
+    for length in range(1, max(map(len, parts)) + 1):
+        if len(set(labels)) == len(labels):
+            break
+        labels = [f"{run.label} ({Path(*own[-length:])})" for run, own in zip(runs, parts, strict=True)]
+    return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]

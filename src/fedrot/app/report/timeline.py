@@ -33,8 +33,7 @@ def timeline(run: RunData) -> Figure:
         ax.broken_barh(bars, (row[client] - 0.32, 0.64), facecolors=KINDS.get(kind, _OTHER))
     refused = [e for e in run.exchanges if e.refused is not None]
     ax.plot([e.time / _DAY for e in refused], [row[e.client] for e in refused], "x", color=_REFUSED, mew=2, ms=7)
-    # A name is a client's: it is not to be read as mathematics.
-    ax.set_yticks(range(len(names)), [plain(name)[:40] for name in names], parse_math=False)
+    ax.set_yticks(range(len(names)), [plain(name)[:40] for name in names])
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.xaxis_date(UTC)
     ax.grid(False)

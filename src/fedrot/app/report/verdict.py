@@ -4,6 +4,7 @@ from statistics import mean
 from typing import Any
 
 from fedrot.app.report.load import RunData
+from fedrot.running.recipe import Recipe
 
 # rho, the share of the avoidable error that the best rotation recovers: below `_LITTLE` rotation is not the problem,
 # above `_MOST` it is the main one. The gauge share of the drift stands in where rho was not measured; clients that
@@ -23,17 +24,28 @@ def verdict(run: RunData) -> str:
         return "What averaging lost is not available: with privacy.mode local clients report nothing to measure it by."
     if run.recipe.secure.aggregation:
         return "What averaging lost is not available: with secure.aggregation nobody sees the uploads."
-    if not measured and (problems := [record["unmeasured"] for record in run.metrics if "unmeasured" in record]):
-        return f"What averaging lost could not be computed: {problems[-1]}."
     if not measured:
-        return "Nothing is said about aggregation: diagnostics were off (diagnostics.every)."
+        return _unmeasured(run)
     late = measured[len(measured) // 2 :]
     before, after, floor = (_late(late, f"{key}_relative") for key in ("before", "after", "floor"))
     size = (
         f"{_about(late)}averaging factor by factor lost {before:.2%} of the ideal update before alignment, of which "
         f"{floor:.2%} is the floor that no rank-{run.recipe.lora.rank} average can beat"
     )
-    return f"{_cause(late, before)}; {_effect(late, before, after, floor)}; {size}."
+    return f"{_cause(late, before)}; {_effect(run.recipe, late, before, after, floor)}; {size}."
+
+
+def _unmeasured(run: RunData) -> str:
+    """Why no round says what averaging lost."""
+    method = run.recipe.method
+    if not run.recipe.diagnostics.every:
+        return "Nothing is said about aggregation: diagnostics were off (diagnostics.every)."
+    if method.capabilities.second_phase:
+        return f"What averaging lost is not available: with {method.name} uploads are sketches, not clients' factors."
+    if method.capabilities.personal:
+        return f"What averaging lost is not available: with {method.name} every client keeps a model of its own."
+    problems = [record["unmeasured"] for record in run.metrics if "unmeasured" in record]
+    return f"What averaging lost could not be computed: {problems[-1] if problems else 'nothing was reported'}."
 
 
 def _late(records: list[dict[str, Any]], key: str) -> float:
@@ -63,14 +75,17 @@ def _cause(late: list[dict[str, Any]], before: float) -> str:
     return f"Rotation was the main problem: {why}{small}"
 
 
-def _effect(late: list[dict[str, Any]], before: float, after: float, floor: float) -> str:
-    if not any(record.get("drift", {}).get("turn_mean") for record in late):
+def _effect(recipe: Recipe, late: list[dict[str, Any]], before: float, after: float, floor: float) -> str:
+    # For a rule the server turns what comes in both factors, whatever its client says that it did.
+    by_server = recipe.robust.rule != "none" and any({"a", "b"} <= recipe.method.uploads(r["round"]) for r in late)
+    if not by_server and not any(record.get("drift", {}).get("turn_mean") for record in late):
         return "no alignment was made"
+    alignment = f"alignment by the server (robust.rule {recipe.robust.rule})" if by_server else "alignment"
     if before <= 0:
-        return "there was no aggregation error for alignment to lower"
+        return f"there was no aggregation error for {alignment} to lower"
     change = after / before - 1
     if abs(change) < _SAME:
-        return f"alignment made no difference to the error ({change:+.2%})"
+        return f"{alignment} made no difference to the error ({change:+.2%})"
     avoidable = before - floor
     share = f", {(before - after) / avoidable:.0%} of what is avoidable" if avoidable > 0 and change < 0 else ""
-    return f"alignment {'lowered' if change < 0 else 'raised'} the error by {abs(change):.1%}{share}"
+    return f"{alignment} {'lowered' if change < 0 else 'raised'} the error by {abs(change):.1%}{share}"
