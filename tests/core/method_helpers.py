@@ -12,7 +12,7 @@ from fedrot.core.adapter import Adapter, part_of
 from fedrot.core.alignment import Rotations
 from fedrot.core.methods import Method, get_method, methods
 from fedrot.core.methods.base import Broadcast, ClientState, Seat, ServerState
-from fedrot.core.ranks import cut, pad
+from fedrot.core.ranks import cut
 from fedrot.core.reduce import Reduction
 from fedrot.core.seeding import generator, seed_of
 
@@ -96,7 +96,7 @@ def play(
         frames = method.narrow(start, client.rank) if client.rank else {}
         first = cut(start, frames, client.scale) if frames else start
         local = only(train(first, client.name), first, method.trainable(number))
-        local = pad(local, frames, start) if frames else local
+        local = method.widen(local, frames, start) if frames else local
         result = method.client(local, broadcast, seat, generator("test", number, client.name))
         upload = only(result.adapter, broadcast.adapter, parts)
         reduction.add(upload, client.weight)

@@ -13,9 +13,9 @@ from torch import Tensor
 from fedrot.core.adapter import Adapter, LoraPair
 from fedrot.core.alignment import find_rotations, rotate
 from fedrot.core.errors import RecipeError
-from fedrot.core.methods import get_method
+from fedrot.core.methods import get_method, methods
 from fedrot.core.methods.base import Seat
-from fedrot.core.ranks import cut, first_frames, leading_frames, pad
+from fedrot.core.ranks import cut, first_frames, leading_frames, pad, put_back
 
 rank_pairs = st.integers(1, 6).flatmap(lambda r: st.tuples(st.integers(1, r), st.just(r)))
 kinds = pytest.mark.parametrize("frames_of", [leading_frames, first_frames])
@@ -199,6 +199,35 @@ def test_what_a_narrow_client_leaves_out_counts_as_zero_in_an_average() -> None:
         assert torch.equal(pair.a[:2], adapter.layers[name].a[:2])
         assert not bool(pair.a[2:].any())
         assert not bool(pair.b[:, 2:].any())
+
+
+@quick
+@given(seeds, rank_pairs)
+def test_putting_back_keeps_the_update_and_the_rows_of_a_that_were_left_out(seed: int, ranks: tuple[int, int]) -> None:
+    narrow, rank = ranks
+    adapter = make_adapter(seed, rank, dtype=torch.float64)
+    frames = leading_frames(adapter, narrow)
+    local = moved(cut(adapter, frames, 8.0), seed + 1, 0.5)
+    back, padded = put_back(local, frames, adapter), pad(local, frames, adapter)
+    for name, pair in back.layers.items():
+        p, size = frames[name], float(product(padded.layers[name]).norm()) + 1.0
+        assert distance(product(pair), product(padded.layers[name])) < 1e-11 * size
+        left_out = torch.eye(rank, dtype=torch.float64) - p.T @ p
+        assert distance(left_out @ pair.a, left_out @ adapter.layers[name].a) < 1e-11
+        assert distance(p @ pair.a, local.layers[name].a) < 1e-11
+    untouched = put_back(cut(adapter, frames, 8.0), frames, adapter)
+    assert max(distance(pair.a, adapter.layers[name].a) for name, pair in untouched.layers.items()) < 1e-12
+
+
+@pytest.mark.parametrize("name", [name for name, kind in methods().items() if kind.capabilities.mixed_ranks])
+def test_a_round_of_narrow_clients_alone_leaves_rows_for_others_to_train(name: str) -> None:
+    """Where A and B are both zero no gradient ever comes; HetLoRA's zeros are as published."""
+    method = get_method(name)()
+    state = method.start(make_adapter(0, 4, 2.0, LAYERS, torch.float64, zero_b=True))
+    alone = (Client("north", 1, rank=1, scale=2.0), Client("west", 2, rank=1, scale=2.0))
+    after = play(method, state, alone, noise(0.1)).after.broadcast.adapter
+    dead = [not bool(p.a[i].any()) and not bool(p.b[:, i].any()) for p in after.layers.values() for i in range(4)]
+    assert any(dead) == (name == "hetlora")
 
 
 @pytest.mark.parametrize("name", ["local", "fedsa"])

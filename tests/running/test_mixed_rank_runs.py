@@ -77,6 +77,18 @@ def test_a_narrow_client_sends_an_update_of_its_rank(name: str, tiny_values: dic
             assert min(second) > 1e-4
 
 
+def test_the_drift_of_a_narrow_client_is_what_it_moved_and_not_what_it_was_not_sent(tiny_values: dict[str, Any]) -> None:
+    still = begin(tiny_values, *BOOKS, "--local.lr", "1e-6").play(2)
+    assert still.records[1]["drift"]["a_mean"] < 1e-3
+    moving = begin(tiny_values, *BOOKS).play(2)
+    assert moving.records[1]["drift"]["a_mean"] > 1e-2
+
+
+def test_a_bound_on_the_norm_is_of_what_a_narrow_client_moved(tiny_values: dict[str, Any]) -> None:
+    tiny = begin(tiny_values, *BOOKS, "--local.lr", "1e-6", "--checks.max_norm", "0.01").play()
+    assert tiny.records[0]["clients"]["dropped"] == {}
+
+
 @pytest.mark.parametrize("name", ["ffa", "rolora", "fedsa", "local"])
 def test_a_narrow_client_trains_an_update_of_its_rank(name: str, tiny_values: dict[str, Any]) -> None:
     """Where only a part of the factors travels, or none."""
@@ -152,16 +164,18 @@ def test_a_narrow_client_goes_on_from_its_own_model(name: str, tiny_values: dict
         assert_near({n: pair.delta() for n, pair in start.layers.items()}, wanted)
 
 
-def test_what_a_narrow_client_does_not_take_is_kept_from_the_broadcast_by_nobody(tiny_values: dict[str, Any]) -> None:
-    """A part that it lacks counts as zero in FedIT's average: B's second column is diluted, A's second row too."""
+def test_what_a_narrow_client_does_not_take_is_as_it_was_in_a_and_zero_in_b(tiny_values: dict[str, Any]) -> None:
+    """Its second column of B counts as zero in FedIT's average; its second row of A is the broadcast's."""
     tiny = begin(tiny_values, *method("fedit"), *BOOKS)
     start = flat(tiny.adapter)
     sent = {u.client: flat(u.adapter) for u in tiny.play().engine.uploads}
     for name in start:
         if name.endswith("/a"):
-            assert not sent["books"][name][1].any()
-            wanted = (sent["films"][name][1] + sent["music"][name][1]) / 3
-            torch.testing.assert_close(flat(tiny.adapter)[name][1], wanted, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(sent["books"][name][1], start[name][1], rtol=1e-6, atol=1e-7)
+        if name.endswith("/b"):
+            assert not sent["books"][name][:, 1].any()
+            wanted = (sent["films"][name][:, 1] + sent["music"][name][:, 1]) / 3
+            torch.testing.assert_close(flat(tiny.adapter)[name][:, 1], wanted, rtol=1e-5, atol=1e-7)
 
 
 def test_a_rank_for_nobody_is_refused_before_anything_is_written(tiny_values: dict[str, Any], tmp_path: Path) -> None:

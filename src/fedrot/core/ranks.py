@@ -1,9 +1,10 @@
 """Clients of different rank: a narrow adapter is a part of the global one, in a frame of its own.
 
-A client of rank q < r gets P (q x r) with orthonormal rows and trains (P A, B P^T); what it sends back is (P^T A_i,
-B_i P), whose product is B_i A_i exactly, at the global rank. From there on it is an adapter like any other: it can be
-turned (the rotation of the padded factors is the semi-orthogonal one of the narrow factors) and averaged. What P
-leaves out counts as zero in an average, so the higher ranks of few clients are diluted by the many narrow ones.
+A client of rank q < r gets P (q x r) with orthonormal rows and trains (P A, B P^T); what it sends back is
+(P^T A_i + (I - P^T P) A, B_i P), whose product is B_i A_i exactly, at the global rank, since B_i P (I - P^T P) = 0.
+From there on it is an adapter like any other, which can be turned and averaged. What P leaves out of the update counts
+as zero in an average, so the higher ranks of few clients are diluted by the many narrow ones; the rows of A that it
+leaves out stay as they are, since where both A and B are zero no later round would learn anything.
 """
 
 from collections.abc import Mapping
@@ -71,6 +72,18 @@ def pad(adapter: Adapter, frames: Frames, form: Adapter) -> Adapter:
         p, scale = frames[name].to(pair.a.dtype), form.layers[name].scale
         layers[name] = replace(pair, a=p.mT @ pair.a, b=pair.b @ p * (pair.scale / scale), scale=scale)
     return replace(adapter, layers=layers)
+
+
+def put_back(adapter: Adapter, frames: Frames, start: Adapter) -> Adapter:
+    """(P^T A + (I - P^T P) A_start, B P) at the scale of `start`, which was cut by these frames: the same update as the
+    padded one's, with what was left out of A as it was.
+    """
+    padded = pad(adapter, frames, start)
+    layers = {}
+    for name, pair in padded.layers.items():
+        p, a = frames[name].to(pair.a.dtype), start.layers[name].a
+        layers[name] = replace(pair, a=pair.a + (a - p.mT @ (p @ a)))
+    return replace(padded, layers=layers)
 
 
 def _first(rank: int, of: int) -> Tensor:

@@ -18,7 +18,7 @@ from fedrot.core.drift import client_drift
 from fedrot.core.errors import AdapterError
 from fedrot.core.methods.base import Broadcast, ClientState, Method, Seat, Upload
 from fedrot.core.packed import Layout
-from fedrot.core.ranks import Frames, cut, pad
+from fedrot.core.ranks import Frames, cut
 from fedrot.core.seeding import generator
 from fedrot.learning.encoding import Encoded
 from fedrot.learning.local import Job, LocalFailure, LocalResult, train_clients
@@ -90,13 +90,13 @@ def finish_round(begun: Begun, local: LocalResult, broadcast: Broadcast, recipe:
     cannot be compressed.
     """
     name, start, frames, variate = begun.client.name, begun.start, begun.frames, begun.variate
-    trained = pad(local.adapter, frames, start) if frames else local.adapter
+    trained = recipe.method.widen(local.adapter, frames, start) if frames else local.adapter
     ended = time.perf_counter()
     result = recipe.method.client(trained, broadcast, begun.seat, generator(*begun.job.key, "method"))
     aligned = time.perf_counter()
     hidden = recipe.privacy.mode == "local" or recipe.secure.aggregation
     wanted = measured(recipe.diagnostics, broadcast.round) and not hidden
-    drift = client_drift(trained, start, result.rotation) if wanted else {}
+    drift = client_drift(trained, _began_with(begun, recipe), result.rotation) if wanted else {}
     done = time.perf_counter()
 
     kept = {METHOD + name: tensor for name, tensor in result.state.items()}
@@ -126,6 +126,13 @@ def finish_round(begun: Begun, local: LocalResult, broadcast: Broadcast, recipe:
         variate=change,
     )
     return Round(silent(upload, recipe), kept, trained, payload)
+
+
+def _began_with(begun: Begun, recipe: Recipe) -> Adapter:
+    """What local training began with, at the global rank: what a narrow client was not sent is no move of its own."""
+    if not begun.frames:
+        return begun.start
+    return recipe.method.widen(begun.job.adapter, begun.frames, begun.start)
 
 
 def _noise_alone(begun: Begun, broadcast: Broadcast, recipe: Recipe) -> Round:

@@ -8,15 +8,17 @@ from and `client` makes of the trained one what is uploaded; `rounds.py` checks 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
 from fedrot.core.adapter import Adapter
 from fedrot.core.alignment import Rotations
-from fedrot.core.errors import RecipeError, choices
-from fedrot.core.ranks import Frames, leading_frames
+from fedrot.core.errors import FedrotError, RecipeError, choices
+from fedrot.core.products import joined
+from fedrot.core.ranks import Frames, leading_frames, put_back
+from fedrot.core.typed import check_type
 
 ALL_PARTS = frozenset({"a", "b", "head"})
 Weighting = Literal["held", "used", "uniform"]
@@ -120,6 +122,10 @@ class Broadcast:
         """The factors whose frame clients align to."""
         return self.reference or self.adapter
 
+    def exported(self, adapter: Adapter) -> Adapter:
+        """`adapter`, the global one or a client's own, as all of the model: with the base's change as extra rank."""
+        return adapter if self.base_delta is None else joined(adapter, self.base_delta)
+
 
 @dataclass(frozen=True)
 class ServerState:
@@ -186,6 +192,15 @@ class Method:
     needs_reference: ClassVar[bool] = False  # cannot aggregate without a frame to align to
     weighting: ClassVar[Weighting | None] = None  # a rule of its own, whatever the recipe says
 
+    def __post_init__(self) -> None:
+        """Raises `RecipeError` naming a setting that is not of its field's type; a subclass adds the ranges."""
+        kinds = get_type_hints(type(self))
+        for key, value in self.settings().items():
+            try:
+                check_type(key, value, kinds[key])
+            except FedrotError as problem:
+                raise RecipeError(f"method.{problem}") from None
+
     @classmethod
     def standalone(cls, **settings: Any) -> "Method":
         """The method as `fedrot.aggregate` uses it, outside rounds."""
@@ -214,6 +229,12 @@ class Method:
     def narrow(self, adapter: Adapter, rank: int) -> Frames:
         """The frame, by layer, in which a client of a smaller rank takes its part of the adapter."""
         return leading_frames(adapter, rank)
+
+    def widen(self, local: Adapter, frames: Frames, start: Adapter) -> Adapter:
+        """A narrow client's trained adapter at the global rank, with the same update; `frames` are those in which it
+        took its part of `start`.
+        """
+        return put_back(local, frames, start)
 
     def ask(self, state: ServerState, reduced: Reduced) -> Adapter:
         """Second phase: the server's question, in the adapter's form, from the first phase's mean."""

@@ -32,6 +32,7 @@ class FedRotConsensus(Method):
     """Steps of the numerical search after generalised Procrustes; 0: none."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps < 0:
             raise RecipeError(f"method.steps must be at least 0, got {self.steps!r}")
 

@@ -11,7 +11,7 @@ from fedrot.core.errors import RecipeError
 from fedrot.core.linalg import product_norm2
 from fedrot.core.methods.base import Broadcast, Capabilities, Method, Reduced, ServerState, register
 from fedrot.core.products import refill, weighted_products
-from fedrot.core.ranks import Frames, first_frames
+from fedrot.core.ranks import Frames, first_frames, pad
 
 
 @register
@@ -33,6 +33,7 @@ class LoraFair(Method):
     """Weight of ||dB||^2, relative to the mean diagonal of Abar Abar^T; at least 0."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.mu < float("inf"):
             raise RecipeError(f"method.mu must be at least 0, got {self.mu!r}")
 
@@ -70,6 +71,10 @@ class HetLoRA(Method):
     def narrow(self, adapter: Adapter, rank: int) -> Frames:
         """The first components."""
         return first_frames(adapter, rank)
+
+    def widen(self, local: Adapter, frames: Frames, start: Adapter) -> Adapter:
+        """Zero rows and columns for all others, as published."""
+        return pad(local, frames, start)
 
     def server(self, state: ServerState, reduced: Reduced, rng: torch.Generator) -> ServerState:
         """Factor-wise averages, weighted by the updates' norms."""

@@ -1,7 +1,7 @@
 """Methods that turn each client's factors into a common frame before the factors are averaged."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -15,7 +15,7 @@ from fedrot.core.alignment import (
     rotate,
     same_layers,
 )
-from fedrot.core.errors import RecipeError, choices
+from fedrot.core.errors import RecipeError
 from fedrot.core.methods.base import Broadcast, Capabilities, ClientResult, Method, Seat, register
 
 Schedule = Literal["alternate", "A", "B", "joint"]
@@ -53,13 +53,11 @@ class FedRot(Method):
     noise does: B's early reference is noise, and turning to it multiplies the error."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         try:
             check_strength(self.strength)
         except ValueError as problem:
             raise RecipeError(f"method.{problem}") from None
-        for what, value, kind in (("factor", self.factor, Schedule), ("softening", self.softening, Softening)):
-            if value not in get_args(kind):
-                raise RecipeError(f"method.{what} must be {choices(get_args(kind))}, got {value!r}")
 
     @classmethod
     def standalone(cls, **settings: Any) -> "FedRot":

@@ -46,6 +46,7 @@ class FedRotSVD(Method):
     """q, the rank of what momentum and error feedback keep; null: the adapter's rank."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.momentum < 1:
             raise RecipeError(f"method.momentum must be in [0, 1), got {self.momentum!r}")
         if not 0 <= self.feedback_clip < float("inf"):
