@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,6 +54,23 @@ def test_every_layer_is_near_the_exact_one_and_turned_frames_show_after_and_not_
         for key in ("ideal2", "before2", "after2"):
             assert math.sqrt(layer[key]) == pytest.approx(math.sqrt(exact.layers[name][key]), rel=0.3)
         assert layer["after2"] > 100 * layer["before2"]
+
+
+def test_what_late_uploads_were_before_alignment_is_measured_against_their_own_mean():
+    """Their products change as they are brought up (`core/late.py`), unlike those of uploads that are turned."""
+    sketched, exact = SketchObserver(64, 0), ExactErrors()
+    for i, local in enumerate(clients(4, 0.05)):
+        late = replace(upload(moved(local, i, 0.5)), unturned=local)
+        for observer in (sketched, exact):
+            observer.add(late, WEIGHTS[i])
+    totals, truth = sketched.result().totals(), exact.result().totals()
+    for key in ("ideal", "before", "after"):
+        assert totals[key] == pytest.approx(truth[key], rel=0.1)
+    alone = ExactErrors()
+    for i, local in enumerate(clients(4, 0.05)):
+        alone.add(upload(local), WEIGHTS[i])
+    assert truth["before"] == pytest.approx(alone.result().totals()["before"])
+    assert truth["after"] > 2 * truth["before"]
 
 
 def test_the_floor_of_a_round_is_above_neither_the_error_before_nor_after():

@@ -126,11 +126,13 @@ class ExactErrors:
         self._after: list[Adapter] = []
         self._before: list[Adapter] = []
         self._weights: list[float] = []
+        self._late = False  # whether products before alignment were others (`late.py`)
 
     def add(self, upload: Upload, weight: float) -> None:
         """Take one upload in, in the frame it came in and turned back to its client's own."""
         self._after.append(upload.adapter)
         self._before.append(_own(upload))
+        self._late |= upload.unturned is not None
         self._weights.append(weight)
 
     def result(self, sent: Sequence[Adapter] = ()) -> AggregationErrors:
@@ -138,7 +140,9 @@ class ExactErrors:
         rotated = any(b is not a for b, a in zip(self._before, self._after, strict=True))
         layers = exact_errors(self._before, self._weights, self._rho)
         if rotated:
-            for name, layer in exact_errors(self._after, self._weights).items():
+            for name, layer in exact_errors(self._after, self._weights, self._rho and self._late).items():
+                if self._late:  # what the server averages is what counts
+                    layers[name] = layer | {"before2": layers[name]["before2"]}
                 layers[name]["after2"] = layer["after2"]
                 if self._rho:  # the frames that alignment found are rotations too
                     layers[name]["best2"] = min(layers[name]["best2"], layer["after2"])
@@ -158,7 +162,7 @@ class SketchObserver:
     def add(self, upload: Upload, weight: float) -> None:
         """Fold one upload in, in the frame it came in and turned back to its client's own."""
         self._sketch = self._sketch or SketchedErrors(upload.adapter, self._width, self._seed)
-        self._sketch.add(upload.adapter, weight, _own(upload))
+        self._sketch.add(upload.adapter, weight, _own(upload), upload.unturned is not None)
 
     def result(self, sent: Sequence[Adapter] = ()) -> AggregationErrors:
         """The errors over all uploads seen."""

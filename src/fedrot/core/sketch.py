@@ -2,7 +2,8 @@
 
 With Gaussian Omega of k columns, E ||E Omega||_F^2 / k = ||E||_F^2 for every matrix E. The ideal update enters only as
 sum_i p_i B_i (A_i Omega) and, for the floor, as Psi sum_i p_i B_i A_i: both are sums over clients, and the same before
-and after alignment, which turns a client's factors and leaves their product.
+and after alignment, which turns a client's factors and leaves their product. Of late uploads (`late.py`) it does not:
+what their products were before is summed too.
 """
 
 from collections.abc import Sequence
@@ -27,15 +28,20 @@ class _Layer:
         self.omega = torch.randn(d_in, width + span, generator=rng, dtype=torch.float64)
         self.psi = torch.randn(min(2 * span + 1, d_out), d_out, generator=rng, dtype=torch.float64)
         self.right = torch.zeros(d_out, width + span, dtype=torch.float64)  # sum w_i s_i B_i A_i omega
+        self.shift = torch.zeros(d_out, width, dtype=torch.float64)  # what the same sum was more before alignment
         self.left = torch.zeros(self.psi.shape[0], d_in, dtype=torch.float64)  # sum w_i s_i psi B_i A_i
         self.means = {  # of the factors, as they came and turned back
             when: (torch.zeros(r, d_in, dtype=torch.float64), torch.zeros(d_out, r, dtype=torch.float64))
             for when in ("after", "before")
         }
 
-    def add(self, pair: LoraPair, before: LoraPair, weight: float) -> None:
+    def add(self, pair: LoraPair, before: LoraPair, weight: float, other: bool) -> None:
         a, b = _factors(pair)
         self.right.addmm_(b, a @ self.omega, alpha=weight)
+        if other:
+            omega = self.omega[:, : self.width]
+            was_a, was_b = _factors(before)
+            self.shift.addmm_(was_b, was_a @ omega, alpha=weight).addmm_(b, a @ omega, alpha=-weight)
         self.left.addmm_(self.psi @ b, a, alpha=weight)
         for when, (one, other) in (("after", (a, b)), ("before", (a, b) if before is pair else _factors(before))):
             self.means[when][0].add_(one, alpha=weight)
@@ -44,7 +50,11 @@ class _Layer:
     def squares(self, total: float, sent: Sequence[LoraPair]) -> dict[str, float]:
         right, left = self.right / total, self.left / total
         test, omega = right[:, : self.width], self.omega[:, : self.width]
-        errors2 = {when: self._norm2(test - (b / total) @ ((a / total) @ omega)) for when, (a, b) in self.means.items()}
+        ideal = {"after": test, "before": test + self.shift / total}
+        errors2 = {
+            when: self._norm2(ideal[when] - (b / total) @ ((a / total) @ omega)) for when, (a, b) in self.means.items()
+        }
+        same = () if bool(self.shift.any()) else (errors2["before"],)  # of another update it is no bound
         best_b, best_a = self._best_rank_r(right[:, self.width :], left)
         made = sum((p.scale * (p.b.cpu().double() @ (p.a.cpu().double() @ omega)) for p in sent), torch.zeros(()))
         found = {} if not sent else {"sent2": self._norm2(test - made)}
@@ -54,7 +64,7 @@ class _Layer:
             "before2": errors2["before"],
             "after2": errors2["after"],
             # No rank-r average is below the floor, and the averaged factors are themselves of rank r.
-            "floor2": min(self._norm2(test - best_b @ (best_a @ omega)), *errors2.values()),
+            "floor2": min(self._norm2(test - best_b @ (best_a @ omega)), errors2["after"], *same),
         }
 
     def _norm2(self, image: Tensor) -> float:
@@ -80,11 +90,13 @@ class SketchedErrors:
         self._total = 0.0
         self.count = 0
 
-    def add(self, adapter: Adapter, weight: float, before: Adapter | None = None) -> None:
-        """Fold one client's factors in; `before` are the same ones before they were turned, if they were."""
+    def add(self, adapter: Adapter, weight: float, before: Adapter | None = None, other: bool = False) -> None:
+        """Fold one client's factors in; `before` are the same ones before they were turned, if they were, and have
+        `other` products where that is said.
+        """
         before = before or adapter
         for name, layer in self._layers.items():
-            layer.add(adapter.layers[name], before.layers[name], weight)
+            layer.add(adapter.layers[name], before.layers[name], weight, other)
         self._total += weight
         self.count += 1
 
