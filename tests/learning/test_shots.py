@@ -17,7 +17,7 @@ from fedrot.learning.models import ResidentModel
 from fedrot.learning.settings import DataSettings
 from fedrot.learning.tasks.answers import Problems, by_answers
 from fedrot.learning.tasks.generation import Template, encode, prompt_of
-from fedrot.learning.tasks.shots import drawn_shots, end_of_answer, with_shots
+from fedrot.learning.tasks.shots import drawn_shots, end_of_answer, end_of_turn, with_shots
 
 TOKENS = 40
 
@@ -59,14 +59,15 @@ def model(folder: Path) -> ResidentModel:
 
 
 def said_by_heart(model: ResidentModel, text: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The model writes this text after every prompt until it is stopped; the tokens that it wrote are noted."""
+    """The model writes this text after every prompt until it is stopped; how many tokens it wrote is noted."""
     ids, counts = model.tokenizer(text, add_special_tokens=False)["input_ids"], []
 
     def generate(input_ids: Any, generation_config: Any, stopping_criteria: Any, **_: Any) -> Any:
         width = input_ids.shape[1]
         for token in ids[: generation_config.max_new_tokens]:
             input_ids = torch.cat([input_ids, torch.full((len(input_ids), 1), token)], dim=1)
-            if stopping_criteria and bool(stopping_criteria(input_ids, None).all()):
+            stopped = bool(stopping_criteria) and bool(stopping_criteria(input_ids, None).all())
+            if stopped or token in generation_config.eos_token_id:
                 break
         counts.append(input_ids.shape[1] - width)
         return input_ids
@@ -205,13 +206,43 @@ def test_a_made_up_question_s_number_is_not_the_answer(model: ResidentModel, mon
     assert found[:, :2].tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
-def test_texts_that_an_empty_line_would_end_too_early_are_refused() -> None:
-    rows = conversations([problem("1?", "one"), problem("2?", "two\n\nlines")])
-    with refused("evaluation.shots", "empty line", "data.template"):
+def test_answers_that_an_empty_line_would_end_too_early_are_refused() -> None:
+    rows = conversations([problem("1?", "#### 1"), problem("2?", "two\n\nlines\n#### 2")])
+    with refused("evaluation.shots", "problem 2", "empty line", "data.template"):
         Problems(rows, "text", TOKENS, shots=SHOTS)
     Problems(rows, "text", TOKENS)
     Problems(rows, "text", TOKENS, "chat", SHOTS)
     Problems(rows, "number", TOKENS, shots=SHOTS)
+    other = [[("user", "How many?"), (ASSISTANT, "#### 1")]]  # so that any empty line ends an answer
+    with refused("evaluation.shots", "problem 2", "empty line", "data.template"):
+        Problems(rows, "number", TOKENS, shots=other)
+    Problems(conversations([problem("1?", "#### 1\n\nas you see")]), "number", TOKENS, shots=other)
+
+
+@pytest.mark.parametrize(("kind", "answer", "lacks"), [("number", "It is 3.", "####"), ("text", " ", "empty")])
+def test_a_problem_without_a_right_answer_is_refused(kind: str, answer: str, lacks: str) -> None:
+    rows = conversations([problem("1?", "#### 1"), problem("2?", answer)])
+    with refused(f"evaluation.answers is {kind}", "problem 2", lacks):
+        Problems(rows, kind, TOKENS)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_by_the_template_an_answer_ends_where_a_turn_does(
+    model: ResidentModel, special: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with Gemma, Phi-3 and the base models of Qwen2.5, whose end of a turn is not that of a text."""
+    from tokenizers import AddedToken
+
+    model.tokenizer.add_tokens([AddedToken("<turn>", special=special), AddedToken(" ", special=False)])
+    model.tokenizer.chat_template = CHAT.replace("[SEP]", "<turn>")
+    counts = said_by_heart(model, "good day <turn> <user> bad film", monkeypatch)
+    rows = conversations([[("system", "a"), ("user", "b"), (ASSISTANT, "good day")]])
+    scored = by_answers(Problems(rows, "text", 200, "chat"), How(2))
+    assert scored.measure(model, model.read(), np.arange(1)).tolist() == [[1.0, 1.0, 0.0]]
+    assert counts == [len("good day ") + 1]
+    assert end_of_turn(model.tokenizer, rows.turns[0], "plain") == ()  # type: ignore[index]
+    model.tokenizer.chat_template = CHAT.replace("[SEP]", "</>")  # nothing that a text may not have in it
+    assert end_of_turn(model.tokenizer, rows.turns[0], "chat") == ()  # type: ignore[index]
 
 
 def test_prompts_that_the_context_cuts_are_counted(model: ResidentModel, monkeypatch: pytest.MonkeyPatch) -> None:

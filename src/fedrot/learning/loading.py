@@ -60,6 +60,7 @@ def load_model(settings: ModelSettings, lora: LoraSettings, labels: Sequence[str
         whole = settings.dtype == "float32" and settings.quantize is None
         resident = ResidentModel(model.float() if whole else _float_adapter(model), tokenizer)
     model.peft_config[PEFT_NAME].base_model_name_or_path = path
+    model.peft_config[PEFT_NAME].revision = settings.revision
     return resident
 
 
@@ -143,6 +144,22 @@ def _check_loaded(path: str, base: Any, missing: Iterable[str], tokenizer: Any, 
         raise DataError(f"{path}: {absent[0]}{others} cannot be found in the model's files; see model.path")
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise DataError(f"{path}: the tokenizer has no vocabulary, its files are missing; see model.path")
+    if not fresh_head and tokenizer.eos_token_id is None:
+        raise DataError(f"{path}: the tokenizer has no token for the end of a text; name its eos_token, see model.path")
+    if beyond := _beyond(tokenizer, base.get_input_embeddings().num_embeddings):
+        raise DataError(
+            f"{path}: the tokenizer has {beyond[0]!r}, for which the model has no embedding: they belong to different "
+            "models, or the model was not resized; see model.path"
+        )
+
+
+def _beyond(tokenizer: Any, rows: int) -> list[str]:
+    """Tokens that have none of so many rows of embeddings. Marks that stand in no text, such as Gemma 3's for an image,
+    need none; those that the tokenizer or a batch puts around texts do.
+    """
+    names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+    marks = set(tokenizer.all_special_tokens) - {getattr(tokenizer, name) for name in names}
+    return sorted(token for token, number in tokenizer.get_vocab().items() if number >= rows and token not in marks)
 
 
 def _fresh_modules(missing: Iterable[str]) -> list[str] | None:

@@ -12,6 +12,7 @@ from fedrot.core.adapter import Adapter
 from fedrot.core.errors import DataError, RecipeError, choices
 from fedrot.learning.data import Dataset, Rows
 from fedrot.learning.encoding import Encoded
+from fedrot.learning.generation import prompt_room
 from fedrot.learning.loading import load_model
 from fedrot.learning.models import ResidentModel
 from fedrot.learning.partition import Partition, divide
@@ -82,9 +83,9 @@ def _loaded(recipe: Recipe, dataset: Dataset, partition: Partition) -> Prepared:
     model = load_model(recipe.model, recipe.lora, dataset.labels, recipe.seed)
     if recipe.compute.device == "cuda":
         model.to(torch.device("cuda", 0))
-    longest = model.longest()
-    if longest is not None and recipe.data.max_length > longest:
-        raise DataError(f"data.max_length is {recipe.data.max_length}, {recipe.model.path} has {longest} positions")
+    check_length(recipe, model)
+    if recipe.evaluation.answers != "none":
+        prompt_room(model, recipe.evaluation.tokens)
     wanted = {"train", *recipe.evaluation.scored.values()}
     encoded = {
         split: _encoded(recipe.data, model, rows).mapped() for split, rows in dataset.splits.items() if split in wanted
@@ -92,6 +93,13 @@ def _loaded(recipe: Recipe, dataset: Dataset, partition: Partition) -> Prepared:
     recipe = for_model(recipe, model, encoded["train"], partition)
     torch.set_num_threads(recipe.compute.threads or 1)
     return Prepared(recipe, dataset, partition, model, encoded)
+
+
+def check_length(recipe: Recipe, model: ResidentModel) -> None:
+    """Raise `DataError` where examples may be cut to more tokens than the model has positions for."""
+    longest = model.longest()
+    if longest is not None and recipe.data.max_length > longest:
+        raise DataError(f"data.max_length is {recipe.data.max_length}, {recipe.model.path} has {longest} positions")
 
 
 def _encoded(settings: DataSettings, model: ResidentModel, rows: Rows) -> Encoded:

@@ -10,7 +10,7 @@ from fedrot.core.errors import RunError
 from fedrot.learning.capacity import available_threads
 from fedrot.learning.evaluation import Evaluation, How, chosen_rows, evaluate
 from fedrot.learning.fetch import fetched
-from fedrot.learning.generation import warn_of_cut
+from fedrot.learning.generation import prompt_room, warn_of_cut
 from fedrot.learning.loading import load_model
 from fedrot.learning.tasks.answers import by_answers
 from fedrot.running.choices import for_machine
@@ -74,7 +74,8 @@ def score_programs(
 ) -> dict[str, object]:
     """pass@1 of the adapter in `path` on HumanEval's problems, in `problems` or as fetched; runs generated code.
 
-    Raises `FedrotError` where programs cannot be contained on this machine, before anything slow is done.
+    Raises `FedrotError` where programs cannot be contained on this machine, or the model has no place for a prompt
+    beside `evaluation.tokens`, before anything slow is done.
     """
     from fedrot.learning.sandbox import SandboxUnavailable, available
     from fedrot.learning.tasks.programs import completions, pass_at_1, read_problems
@@ -87,6 +88,7 @@ def score_programs(
     adapter = Adapter.load(path)
     recipe = for_machine(recipe)
     model = load_model(recipe.model, recipe.lora, (), recipe.seed)
+    prompt_room(model, recipe.evaluation.tokens)
     model.write(model.fit(adapter, where=str(path), any_rank=True))
     say(f"writing {len(asked)} programs")
     settings = recipe.evaluation

@@ -20,10 +20,10 @@ from fedrot.core.adapter import Adapter
 from fedrot.core.errors import DataError
 from fedrot.learning.data import ASSISTANT, Rows
 from fedrot.learning.evaluation import How, Scored
-from fedrot.learning.generation import cut_prompts, write_on
+from fedrot.learning.generation import cut_prompts, text_before, write_on
 from fedrot.learning.models import ResidentModel
 from fedrot.learning.tasks.generation import Template, prompt_of
-from fedrot.learning.tasks.shots import Turns, end_of_answer, with_shots
+from fedrot.learning.tasks.shots import Turns, end_of_answer, end_of_turn, with_shots
 
 METRIC = "exact_match"
 # A number as people write it: 1,200.50, -3, $5
@@ -42,7 +42,7 @@ def answer_of(text: str, kind: str) -> str | None:
 
 @dataclass(frozen=True)
 class Problems:
-    """What a model is asked and how its answers are read."""
+    """What a model is asked and how its answers are read. `DataError` where a right answer could never be written."""
 
     rows: Rows
     kind: str  # of the answers: "number" or "text"
@@ -54,11 +54,21 @@ class Problems:
         if self.kind not in ("number", "text"):
             raise ValueError(f"answers of kind {self.kind!r} cannot be compared")
         ends = self.ends()
-        if self.kind == "text" and any(end in self.right(i) for i in range(len(self.rows)) for end in ends):
-            raise DataError(
-                "evaluation.shots: a right answer has an empty line in it, at which an answer ends where examples come "
-                "before the problem; set evaluation.shots to 0 or data.template to chat"
-            )
+        for place in range(len(self.rows)):
+            text = self.right(place)
+            right = answer_of(text, self.kind)
+            if right is None:
+                lacks = 'has no number behind "####"' if self.kind == "number" else "is empty"
+                raise DataError(
+                    f"evaluation.answers is {self.kind}, and the right answer of problem {place + 1} {lacks}: "
+                    f"{text[:60]!r}; mend the data or choose another kind"
+                )
+            if answer_of(text_before(text, ends), self.kind) != right:
+                raise DataError(
+                    f"evaluation.shots: the right answer of problem {place + 1} has an empty line in it, at which an "
+                    "answer ends where examples come before the problem; set evaluation.shots to 0 or data.template to "
+                    "chat"
+                )
 
     def prompt(self, tokenizer: Any, place: int) -> NDArray[np.int32]:
         """A problem's tokens, with those of the worked examples."""
@@ -73,6 +83,10 @@ class Problems:
         """The strings at which an answer ends."""
         return end_of_answer(self.kind, self.rows.turns or (), self.shots, self.template)
 
+    def end_tokens(self, tokenizer: Any) -> tuple[int, ...]:
+        """The tokens at which an answer ends, beside the end of the text."""
+        return end_of_turn(tokenizer, (self.rows.turns or ())[0], self.template)
+
 
 def by_answers(asked: Problems, how: How) -> Scored:
     """Scoring by what a model answers to problems."""
@@ -81,7 +95,8 @@ def by_answers(asked: Problems, how: How) -> Scored:
     def measure(model: ResidentModel, adapter: Adapter, places: NDArray[np.int64]) -> Tensor:  # (n, 3)
         model.write(adapter)
         prompts = [asked.prompt(model.tokenizer, int(place)) for place in places]
-        written = write_on(model, prompts, tokens, how.batch, how.precision, ends)
+        turn = asked.end_tokens(model.tokenizer)
+        written = write_on(model, prompts, tokens, how.batch, how.precision, ends, turn)
         found = [answer_of(text, kind) for text in written]
         right = [answer_of(asked.right(int(place)), kind) for place in places]
         pairs = zip(found, right, cut_prompts(model, prompts, tokens), strict=True)

@@ -6,6 +6,7 @@ Plain, examples and problem are texts with an empty line between them, as GSM8K 
 
 from collections.abc import Sequence
 from itertools import takewhile
+from typing import Any
 
 import torch
 
@@ -74,3 +75,17 @@ def end_of_answer(kind: str, problems: Sequence[Turns], shots: Sequence[Turns], 
         return (BETWEEN,)
     first = {"".join(_text(turns).split(maxsplit=1)[:1]) for turns in [*problems, *shots]}
     return (BETWEEN + (first.pop() if len(first) == 1 else ""),)
+
+
+def end_of_turn(tokenizer: Any, problem: Turns, template: Template) -> tuple[int, ...]:
+    """The tokens at which an answer ends beside that of the text: by the chat template the first added token that it
+    writes behind what the assistant says, such as Gemma's <end_of_turn>, which need not be the end of the text.
+    """
+    if template != "chat":
+        return ()
+    said = "fedrot"
+    turns = [*with_shots(problem, (), template), (ASSISTANT, said)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(said)[2]
+    added = {token for text, token in tokenizer.get_added_vocab().items() if text.strip()}
+    return tuple(token for token in tokenizer(after, add_special_tokens=False)["input_ids"] if token in added)[:1]
