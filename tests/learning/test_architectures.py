@@ -10,9 +10,11 @@ from learning_helpers import ALL, assert_same, changed, encoded_splits, resident
 from model_folders import ENCODER, SIZES, write_model
 
 from fedrot.core.adapter import Adapter
+from fedrot.learning.data import Rows
 from fedrot.learning.local import train_local
 from fedrot.learning.models import ResidentModel
 from fedrot.learning.settings import LocalSettings
+from fedrot.learning.tasks.classification import encode
 
 # kind -> (default targets, tensors of its head)
 KINDS: dict[str, tuple[set[str], set[str]]] = {
@@ -40,6 +42,29 @@ def test_default_targets_and_head_are_found(kind: str, folder: Path) -> None:
     assert {name.rpartition(".")[2] for name in adapter.layers} == KINDS[kind][0]
     assert set(adapter.head) == KINDS[kind][1]
     assert {pair.fan_in_fan_out for pair in adapter.layers.values()} == {kind == "gpt2"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "longest"),
+    [
+        ("bert", None, 80),
+        ("camembert", ["query"], 79),
+        ("roberta", None, 79),
+        ("roberta-prelayernorm", ["query"], 79),
+        ("mpnet", ["q"], 78),
+    ],
+)
+def test_an_example_as_long_as_the_model_says_fits_into_its_positions(
+    kind: str, targets: list[str] | None, longest: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Of 80 positions some kinds leave those up to their padding index unused."""
+    model = resident(write_model(tmp_path, kind, tiny_model, **ENCODER), targets=targets)
+    assert model.longest() == longest
+    data = encode(model.tokenizer, Rows(["good " * 100], [0]), longest)
+    assert data.lengths.tolist() == [longest]
+    with torch.no_grad():
+        for packing in {False, model.packable}:
+            assert model.forward(model.collate(data, np.array([0]), packing), "fp32").isfinite().all()
 
 
 def test_padding_does_not_change_the_logits(folder: Path, tiny_data: Path) -> None:

@@ -155,6 +155,7 @@ BAD_LINES = {
     "no docstring": ('{"code": "x", "language": "go"}', "line 2 has no docstring"),
     "no code": ('{"docstring": "x", "language": "go"}', "line 2 has no code"),
     "no language": ('{"docstring": "x", "code": "x"}', "line 2 has no language"),
+    "half a character": ('{"docstring": "x", "code": "\\ud83d", "language": "go"}', "line 2: 'code' holds '\\ud83d'"),
     "a number for code": ('{"docstring": "x", "code": 3, "language": "go"}', "line 2: 'code' is of type int"),
     "another language": ('{"docstring": "x", "code": "x", "language": "cobol"}', "line 2 is in the language 'cobol'"),
 }

@@ -1,5 +1,7 @@
 """Prompts with responses, chats and GSM8K from files, and what cannot be used of them."""
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,10 @@ BAD_CHATS: dict[str, tuple[Any, str]] = {
     "no content": ([{"role": "user"}], "row 2: message 1 has not a role"),
     "text": (["hello"], "row 2: message 1 has not a role"),
     "empty answer": ([{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}], "row 2: message 2"),
+    "half a character": (
+        [{"role": "user", "content": "x \ud83d"}, {"role": "assistant", "content": "y"}],
+        "row 2: message 1 (data.messages) holds '\\ud83d'",
+    ),
     "nothing said": ([{"role": "user", "content": "x"}], "row 2: the assistant says nothing"),
 }
 
@@ -79,6 +85,14 @@ def test_an_empty_response_is_refused_by_row(tmp_path: Path, response: str | Non
     write_jsonl(tmp_path / "train.jsonl", [*PAIRS[:2], {"text": "x", "response": response}])
     with refused("train.jsonl: row 3", "data.response"):
         read(tmp_path, response="response")
+
+
+@pytest.mark.parametrize("value", [["a", "b"], {"a": 1}, math.nan, "x \ud83d"], ids=repr)
+@pytest.mark.parametrize("key", ["text", "input", "response"])
+def test_what_is_no_text_is_refused_by_row(tmp_path: Path, key: str, value: object) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [*PAIRS[:2], {"text": "x", "input": None, "response": "y", key: value}])
+    with refused(f"train.jsonl: row 3: {key!r}"):
+        read(tmp_path, response="response", pair="input")
 
 
 @pytest.mark.parametrize("last", ['{"text": "x", "resp', "[1, 2]", "nothing"])
@@ -108,6 +122,19 @@ def test_gsm8k_is_read_from_its_files_with_a_part_of_train_held_out(tmp_path: Pa
     asked, answered = (found.splits["test"].turns or ())[4]
     assert asked == ("user", "Question: test 4 and 1?\nAnswer:")
     assert answered == (ASSISTANT, " It is 4 + 1 = 5.\n#### 5")
+
+
+def test_gsm8k_s_parquet_files_are_read_together(tmp_path: Path) -> None:
+    whole = read_dataset(DataSettings(source="gsm8k", path=str(gsm8k(tmp_path))), 0)
+    lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    (tmp_path / "train.jsonl").unlink()
+    for i, part in enumerate((lines[:25], lines[25:])):
+        columns = {name: [line[name] for line in part] for name in ("question", "answer")}
+        write_parquet(tmp_path / f"train-0000{i}-of-00002.parquet", columns)
+    assert read_dataset(DataSettings(source="gsm8k", path=str(tmp_path)), 0) == whole
+    (tmp_path / "train-00000-of-00002.parquet").unlink()
+    with refused(str(tmp_path), "train-00001-of-00002.parquet", "1 files"):
+        read_dataset(DataSettings(source="gsm8k", path=str(tmp_path)), 0)
 
 
 def test_gsm8k_without_a_file_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Tokenised examples: batches padded to their own longest, and a fingerprint of all that training sees."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from learning_helpers import quick, seeds
+from learning_helpers import quick, refused, seeds
 
 from fedrot.learning.data import Rows
 from fedrot.learning.encoding import Encoded
+from fedrot.learning.tasks import classification
 from fedrot.learning.tasks.classification import encode
 
 TEXTS = ["good film", "a very dull story of film", "it was", "the plot is boring the day was cold"]
@@ -107,6 +109,38 @@ def test_a_model_without_token_types_gets_none(tokenizer: Any, tiny_model: Path)
     assert encoded.segments is None
     assert set(encoded.batch([0])[0]) == {"input_ids", "attention_mask"}
     assert encoded.tokens.tolist() == encode(tokenizer, Rows(TEXTS, [0] * 4), 64).tokens.tolist()
+
+
+@pytest.mark.parametrize("pair", [None, TEXTS[::-1]], ids=["one text", "two"])
+def test_a_split_is_tokenised_some_examples_at_a_time(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, pair: list[str] | None
+) -> None:
+    rows, sizes = Rows(TEXTS, [0, 1, 1, 0], pair), []
+
+    class Spy:
+        pad_token_id = tokenizer.pad_token_id
+
+        def __call__(self, texts: list[str], *args: Any, **options: Any) -> Any:
+            sizes.append(len(texts))
+            return tokenizer(texts, *args, **options)
+
+    whole = encode(Spy(), rows, 9)
+    monkeypatch.setattr(classification, "_AT_ONCE", 3)
+    found = encode(Spy(), rows, 9)
+    assert sizes == [4, 3, 1]
+    assert found.fingerprint() == whole.fingerprint()
+    assert (found.tokens.dtype, found.segments is not None) == (np.int32, True)
+
+
+def test_an_example_without_tokens_is_refused_by_its_row(tokenizer: Any) -> None:
+    """Of a tokenizer that puts nothing around a text; another one's empty text is the tokens around it."""
+    bare = copy.deepcopy(tokenizer)
+    bare.backend_tokenizer.post_processor = None
+    rows = Rows(["good film", "", "it was"], [0, 1, 0])
+    assert encode(tokenizer, rows, 64).lengths.tolist() == [4, 2, 4]
+    with refused("the split 'train': row 2 of 3", "no tokens", "leave"):
+        encode(bare, rows, 64, "the split 'train'")
+    assert encode(bare, replace(rows, pair=["it", "was", "fine"]), 64).lengths.tolist() == [3, 1, 3]
 
 
 @quick

@@ -104,6 +104,18 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(model: ResidentModel)
         encode(model.tokenizer, conversations([turns]), 64, "chat")
 
 
+def test_a_template_that_refuses_a_conversation_is_told_in_one_line(model: ResidentModel) -> None:
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system,\n please') }}{% endif %}"
+    model.tokenizer.chat_template = refusing + CHAT
+    turns = [("system", "the film"), ("user", "good"), (ASSISTANT, "bad")]
+    encode(model.tokenizer, conversations([turns[1:]]), 64, "chat")
+    with refused("template", "system, user", "No system, please", "use data.template plain"):
+        encode(model.tokenizer, conversations([turns]), 64, "chat")
+    model.tokenizer.chat_template = "{% if messages|length == 1 %}{{ raise_exception('Who asks?') }}{% endif %}" + CHAT
+    data = encode(model.tokenizer, conversations([turns]), 64, "chat")
+    assert shown(model, data, 0)[1] == "bad [SEP]", "only what comes before an answer, and the answer, is written down"
+
+
 @quick
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(4, 30))
 def test_what_is_too_long_is_cut_and_counted_and_always_leaves_something_to_learn(

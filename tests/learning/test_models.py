@@ -1,7 +1,10 @@
 """The base model with adapters in it: what is read is what was written, and the base never changes."""
 
+import json
 import math
+import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from learning_helpers import ALL, assert_same, changed, encoded_splits, refused, resident, shaken
+from model_folders import SIZES, write_model
 
 from fedrot.core.adapter import Adapter, part_of
 from fedrot.learning.encoding import Encoded
@@ -252,3 +256,36 @@ def test_a_broken_model_folder_is_refused_by_name(
     damage(folder)
     with refused(str(folder), "model.path"):
         resident(folder)
+
+
+@pytest.mark.parametrize(
+    ("added", "refusal"),
+    [
+        ({"image_token": "<image>"}, None),
+        ({"pad_token": "[NEW]"}, "'[NEW]'"),
+        ({"unk_token": "[NEW]"}, "'[NEW]'"),
+        ({}, "'zzz'"),
+    ],
+    ids=["a mark that no text has", "for padding", "for the unknown", "a word"],
+)
+def test_a_token_without_an_embedding_is_refused_if_a_text_can_have_it(
+    tiny_model: Path, tmp_path: Path, added: dict[str, str], refusal: str | None
+) -> None:
+    from transformers import AutoTokenizer
+
+    shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model, **added)
+    tokenizer.add_tokens([] if added else ["zzz"])
+    assert len(tokenizer) == 1 + len(AutoTokenizer.from_pretrained(tiny_model))
+    tokenizer.save_pretrained(tmp_path)
+    with refused(str(tmp_path), refusal, "model.path") if refusal else nullcontext():
+        resident(tmp_path)
+
+
+def test_a_language_model_without_an_end_of_text_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    write_model(tmp_path, "llama", tiny_model, causal=True, **SIZES["llama"])
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": None, "pad_token": "[PAD]"}))
+    resident(tmp_path)  # a classifier needs none
+    with refused(str(tmp_path), "eos_token"):
+        resident(tmp_path, labels=())

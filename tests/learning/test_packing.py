@@ -35,6 +35,9 @@ def test_every_token_has_one_place_and_every_other_place_is_empty(lengths: list[
     assert found.starts.tolist() == [0, *np.cumsum(lengths)[:-1].tolist()]
     assert torch.equal(found.token[found.place], torch.arange(sum(lengths)))
     assert sorted([*found.place.tolist(), *found.empty.tolist()]) == list(range(places))
+    example = np.repeat(np.arange(len(lengths)), lengths)[found.token.numpy()]  # an empty place holds its own example's
+    sizes = [block.length for block in found.blocks for _ in range(block.examples)]
+    assert all(len(set(own)) == 1 for own in np.split(example, np.cumsum(sizes)[:-1]))
 
 
 @quick

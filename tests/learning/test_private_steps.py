@@ -295,6 +295,28 @@ def test_an_example_whose_gradient_is_not_finite_is_left_out_and_said(
         torch.testing.assert_close(tensor - begun[name], (goals[name] - begun[name]) * 5 / 6, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+def test_an_example_that_is_not_finite_within_the_layers_takes_no_other_one_out(
+    there: tuple[ResidentModel, Encoded], packing: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first example of the first client begins with a word that no other one has, and whose embedding is NaN."""
+    model, data = there
+    tokens, words = data.tokens.copy(), model.model.get_input_embeddings().weight.data
+    assert model.tokenizer.unk_token_id not in tokens
+    tokens[data.offsets[0]] = model.tokenizer.unk_token_id
+    data, settings, private = replace(data, tokens=tokens), replace(SGD, batch=12, steps=1), replace(NOISY, noise=0.0)
+    jobs, usual = jobs_of(model.read()), words[model.tokenizer.unk_token_id].clone()
+    words[model.tokenizer.unk_token_id] = math.nan
+    try:
+        with caplog.at_level(logging.WARNING, "fedrot"):
+            found = trained((model, data), jobs, settings, private, packing)
+    finally:
+        words[model.tokenizer.unk_token_id] = usual
+    assert [record.args for record in caplog.records] == [("client-0", 1)]
+    for mine, theirs in list(zip(found, trained((model, data), jobs, settings, private, packing), strict=True))[1:]:
+        assert_close(dict(mine.adapter.tensors()), dict(theirs.adapter.tensors()), 1e-12)
+
+
 def test_a_factor_that_is_not_finite_fails_the_client(bert: tuple[ResidentModel, Encoded]) -> None:
     job = Job(shaken(bert[0].read()), np.arange(12), (1, 0, "c"))
     found = train_clients(*bert, [job], replace(SGD, lr=1e38), ALL, True, ExamplePrivacy(1.0, 1e5))

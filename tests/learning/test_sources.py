@@ -1,6 +1,7 @@
 """Local files as labelled texts: every format, the order of labels, what is held out, and every bad input."""
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from learning_helpers import labelled, quick, refused, write_jsonl, write_lines, write_parquet, write_tsv
 
+from fedrot.core.errors import DataError
 from fedrot.learning.data import Dataset, Rows, hold_out
 from fedrot.learning.settings import DataSettings
 from fedrot.learning.sources.read import read_dataset
@@ -200,6 +202,21 @@ def test_a_bad_file_is_refused_by_name_and_place(
         (tmp_path / name).write_bytes(content)
     with refused(*words):
         read(tmp_path, name, **keys)
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [(["b"], "list"), ({"b": 1}, "dict"), (math.nan, "nan"), ("b \ud83d", "'\\ud83d'")],
+    ids=["list", "object", "nan", "half a character"],
+)
+@pytest.mark.parametrize("key", ["text", "label", "group"])
+def test_what_is_no_text_is_refused_by_file_and_row(tmp_path: Path, key: str, value: object, word: str) -> None:
+    good = {"text": "a", "label": "b", "group": "c"}
+    write_jsonl(tmp_path / "t.jsonl", [good, good | {key: value}])
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, "t.jsonl", group="group")
+    for wanted in ("t.jsonl: row 2", key, word):
+        assert wanted in str(caught.value).lower()
 
 
 def test_a_label_that_training_lacks_is_refused_by_file_and_row(tmp_path: Path) -> None:

@@ -162,15 +162,19 @@ def test_clients_of_different_rank_train_side_by_side(model: ResidentModel, data
     model.write(jobs[0].adapter)
 
 
-def test_a_client_whose_loss_is_not_finite_leaves_the_others_as_they_were(model: ResidentModel, data: Encoded) -> None:
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("bad", [0, 2])
+def test_a_client_whose_loss_is_not_finite_leaves_the_others_as_they_were(
+    model: ResidentModel, data: Encoded, bad: int, packing: bool
+) -> None:
     jobs = jobs_of(model.read())
     settings = replace(EPOCHS, clip=None)
-    before = results(train_clients(model, data, jobs, settings, ALL, True))
-    bad = jobs[2].adapter.map(lambda t: t * torch.tensor(1e200, dtype=t.dtype))
-    found = train_clients(model, data, [*jobs[:2], replace(jobs[2], adapter=bad), *jobs[3:]], settings, ALL, True)
-    assert isinstance(found[2], LocalFailure)
-    assert "the loss is" in str(found[2])
-    for i in (0, 1, 3, 4):
+    before = results(train_clients(model, data, jobs, settings, ALL, packing))
+    jobs[bad] = replace(jobs[bad], adapter=jobs[bad].adapter.map(lambda t: t * torch.tensor(1e200, dtype=t.dtype)))
+    found = train_clients(model, data, jobs, settings, ALL, packing)
+    assert isinstance(found[bad], LocalFailure)
+    assert "the loss is" in str(found[bad])
+    for i in set(range(len(jobs))) - {bad}:
         assert_close(results([found[i]])[0].adapter, before[i].adapter, 1e-12)
 
 

@@ -48,8 +48,12 @@ def packable(model: Any) -> bool:
 
 
 def first_position(model: Any) -> int:
-    """The position of an example's first token: RoBERTa counts from behind its padding index."""
-    return int(model.config.pad_token_id) + 1 if _HEADS.get(model.config.model_type) is _roberta_head else 0
+    """The position of an example's first token: RoBERTa and its kin count from behind the padding index that their
+    table of positions has.
+    """
+    embeddings = getattr(getattr(model, model.base_model_prefix, None), "embeddings", None)
+    index = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    return 0 if index is None else int(index) + 1
 
 
 def reads_last(model: Any) -> bool:

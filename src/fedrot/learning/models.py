@@ -231,9 +231,7 @@ class ResidentModel:
     def longest(self) -> int | None:
         """The most tokens that the model has positions for; None where it does not say."""
         found: int | None = getattr(self.model.config, "max_position_embeddings", None)
-        # RoBERTa counts positions from its padding index on.
-        reserved = self.model.config.pad_token_id + 1 if "roberta" in self.model.config.model_type else 0
-        return None if found is None else found - reserved
+        return None if found is None else found - first_position(self.model.base_model.model)
 
     def config(self) -> dict[str, Any]:
         """What adapter_config.json needs, as plain values."""

@@ -35,7 +35,7 @@ class Packing:
     """Where the T tokens of a row go among the P >= T places of the blocks."""
 
     blocks: tuple[Block, ...]
-    token: Tensor  # (P) the token at each place; at an empty one any token
+    token: Tensor  # (P) the token at each place; at an empty one its example's first
     empty: Tensor  # places that hold no token
     place: Tensor  # (T) the place of each token
     starts: Tensor  # (n) each example's first token
@@ -56,7 +56,9 @@ def pack(lengths: NDArray[np.int64]) -> Packing:
         length = int(lengths[members[0]])
         column = np.arange(length)
         filled = column < lengths[members][:, None]  # (examples, length)
-        token = np.where(filled, starts[members][:, None] + column, 0)
+        first = starts[members][:, None]
+        # An empty place repeats its own example: 0 x NaN is NaN, so a mask does not keep out what another one holds.
+        token = np.where(filled, first + column, first)
         here = used + np.arange(token.size).reshape(token.shape)
         place[token[filled]] = here[filled]
         empty.append(here[~filled])

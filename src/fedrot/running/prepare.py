@@ -88,7 +88,9 @@ def _loaded(recipe: Recipe, dataset: Dataset, partition: Partition) -> Prepared:
         prompt_room(model, recipe.evaluation.tokens)
     wanted = {"train", *recipe.evaluation.scored.values()}
     encoded = {
-        split: _encoded(recipe.data, model, rows).mapped() for split, rows in dataset.splits.items() if split in wanted
+        split: _encoded(recipe.data, model, rows, split).mapped()
+        for split, rows in dataset.splits.items()
+        if split in wanted
     }
     recipe = for_model(recipe, model, encoded["train"], partition)
     torch.set_num_threads(recipe.compute.threads or 1)
@@ -102,10 +104,10 @@ def check_length(recipe: Recipe, model: ResidentModel) -> None:
         raise DataError(f"data.max_length is {recipe.data.max_length}, {recipe.model.path} has {longest} positions")
 
 
-def _encoded(settings: DataSettings, model: ResidentModel, rows: Rows) -> Encoded:
+def _encoded(settings: DataSettings, model: ResidentModel, rows: Rows, split: str) -> Encoded:
     """A split as the model takes it in."""
     if rows.turns is None:
-        return classification.encode(model.tokenizer, rows, settings.max_length)
+        return classification.encode(model.tokenizer, rows, settings.max_length, f"the split {split!r}")
     return generation.encode(model.tokenizer, rows, settings.max_length, settings.form)
 
 

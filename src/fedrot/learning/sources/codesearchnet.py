@@ -20,7 +20,7 @@ from fedrot.core.errors import DataError, choices
 from fedrot.learning.data import ASSISTANT, Dataset, Rows, Turn, conversations
 from fedrot.learning.settings import DataSettings
 from fedrot.learning.sources import hub
-from fedrot.learning.sources.tables import json_objects
+from fedrot.learning.sources.tables import json_objects, text_of
 
 HUB = "code-search-net/code_search_net"
 # As the data names them and as people do.
@@ -116,5 +116,5 @@ def _text(one: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
             value = one[name] if one[name] is not None else ""
             if not isinstance(value, str):
                 raise DataError(f"{where}: {name!r} is of type {type(value).__name__}, not a text")
-            return value
+            return text_of(value, f"{where}: {name!r}")
     raise DataError(f"{where} has no {choices(names)}; it has {choices(one)}")

@@ -6,7 +6,7 @@ from typing import Any
 from fedrot.core.errors import DataError
 from fedrot.learning.data import ASSISTANT, Dataset, Rows, Turn, conversations, hold_out
 from fedrot.learning.settings import DataSettings
-from fedrot.learning.sources.tables import Table, column, read_table, text_column
+from fedrot.learning.sources.tables import Table, column, read_table, text_column, text_of
 
 _ROLES = ("system", "user", ASSISTANT, "tool")
 
@@ -35,7 +35,8 @@ def _answered(table: Table, settings: DataSettings, path: Path) -> list[tuple[Tu
     prompts = text_column(table, settings.text, path, "data.text")
     responses = text_column(table, settings.response or "", path, "data.response", empty=False)
     if settings.pair:
-        seconds = [value or "" for value in column(table, settings.pair, path, "data.pair")]
+        given = {settings.pair: ["" if v is None else v for v in column(table, settings.pair, path, "data.pair")]}
+        seconds = text_column(given, settings.pair, path, "data.pair")
         prompts = [f"{a}\n\n{b}" if b else a for a, b in zip(prompts, seconds, strict=True)]
     for row, response in enumerate(responses, start=1):
         if not response.strip():
@@ -56,7 +57,7 @@ def _chat(value: Any, row: int, path: Path) -> tuple[Turn, ...]:
             )
         if role == ASSISTANT and not content.strip():
             raise DataError(f"{where}: message {number}, the assistant's, is empty")
-        turns.append((role, content))
+        turns.append((role, text_of(content, f"{where}: message {number} (data.messages)")))
     if all(role != ASSISTANT for role, _ in turns):
         raise DataError(f"{where}: the assistant says nothing, so there is nothing to learn")
     return tuple(turns)

@@ -7,7 +7,7 @@ from typing import Any
 from fedrot.core.errors import DataError
 from fedrot.learning.data import Dataset, Rows, hold_out
 from fedrot.learning.settings import DataSettings
-from fedrot.learning.sources.tables import column, read_table, text_column
+from fedrot.learning.sources.tables import column, read_table, text_column, text_of
 
 
 def read(settings: DataSettings) -> Dataset:
@@ -48,7 +48,9 @@ def _label_name(value: Any, index: int, path: Path, settings: DataSettings) -> s
         raise DataError(f"{path}: row {index + 1} has no {settings.label!r} (data.label)")
     if isinstance(value, float) and not value.is_integer():
         raise DataError(f"{path}: row {index + 1} has label {value!r}; labels are whole numbers or names")
-    return str(int(value)) if isinstance(value, (bool, float)) else str(value)
+    if isinstance(value, (bool, float)):
+        return str(int(value))
+    return text_of(value, f"{path}: row {index + 1}: {settings.label!r} (data.label)")
 
 
 def _label_order(name: str) -> tuple[int, int, str]:

@@ -8,7 +8,7 @@ from fedrot.core.errors import DataError, choices
 from fedrot.learning.data import Dataset, Rows, hold_out
 from fedrot.learning.settings import DataSettings
 from fedrot.learning.sources import hub
-from fedrot.learning.sources.tables import SUFFIXES, Table, read_table, text_column
+from fedrot.learning.sources.tables import Table, split_table, text_column
 
 HUB = "nyu-mll/glue"
 
@@ -80,18 +80,8 @@ def _local(folder: Path, task: Task) -> dict[str, tuple[Table, Path]]:
     """The task's files: train.tsv, dev.parquet and the like, or the hub's train-00000-of-00001.parquet."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder (data.path)")
-    found: dict[str, tuple[Table, Path]] = {}
-    for split, names in _SPLITS.items():
-        single = [folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
-        path = next((path for path in single if path.is_file()), None)
-        if path is not None:
-            found[split] = read_table(path, skip_broken=task.broken_lines), path
-            continue
-        shards = sorted(shard for name in names for shard in folder.glob(f"{name}-?????-of-?????.parquet"))
-        tables = [read_table(shard) for shard in shards]
-        if tables:
-            found[split] = {c: [v for table in tables for v in table.get(c, [])] for c in tables[0]}, shards[0]
-    return found
+    found = {split: split_table(folder, names, task.broken_lines) for split, names in _SPLITS.items()}
+    return {split: table for split, table in found.items() if table is not None}
 
 
 def hub_tables(repository: str, name: str) -> dict[str, tuple[Table, Path]]:

@@ -6,7 +6,7 @@ from fedrot.core.errors import DataError
 from fedrot.learning.data import ASSISTANT, Dataset, Rows, conversations, hold_out
 from fedrot.learning.settings import DataSettings
 from fedrot.learning.sources import hub
-from fedrot.learning.sources.tables import SUFFIXES, Table, read_table, text_column
+from fedrot.learning.sources.tables import Table, split_table, text_column
 
 HUB = "openai/gsm8k"
 
@@ -26,12 +26,10 @@ def _local(folder: Path) -> dict[str, tuple[Table, Path]]:
         raise DataError(f"{folder}: no such folder (data.path)")
     found = {}
     for split in ("train", "test"):
-        paths = [folder / f"{split}{suffix}" for suffix in SUFFIXES]
-        path = next((path for path in paths if path.is_file()), None)
-        path = path or next(iter(sorted(folder.glob(f"{split}-?????-of-?????.parquet"))), None)
-        if path is None:
+        table = split_table(folder, (split,))
+        if table is None:
             raise DataError(f"{folder}: there is no {split}.jsonl of GSM8K (data.path)")
-        found[split] = read_table(path), path
+        found[split] = table
     return found
 
 

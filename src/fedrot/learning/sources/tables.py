@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,44 @@ def text_column(table: Table, name: str, path: Path, key: str, empty: bool = Tru
     for row, value in enumerate(values, start=1):
         if value is None or (value == "" and not empty):
             raise DataError(f"{path}: row {row} has no {name!r} ({key})")
-    return [str(value) for value in values]
+    return [text_of(value, f"{path}: row {row}: {name!r} ({key})") for row, value in enumerate(values, start=1)]
+
+
+def text_of(value: Any, where: str) -> str:
+    """A value as it would stand in a text file. Raises `DataError` that begins with `where` for a list, an object,
+    bytes or NaN, and for half of a surrogate pair ("\\ud83d" alone in a JSONL file), which no text in UTF-8 holds.
+    """
+    if isinstance(value, (list, dict, bytes)):
+        raise DataError(f"{where} is of type {type(value).__name__}, not a text")
+    if isinstance(value, float) and math.isnan(value):
+        raise DataError(f"{where} is NaN, not a text")
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as problem:
+        raise DataError(f"{where} holds {text[problem.start]!a}, half of a character; mend the text") from None
+    return text
+
+
+def split_table(folder: Path, names: Sequence[str], skip_broken: bool = False) -> tuple[Table, Path] | None:
+    """The table of a split and its (first) file, the first that is there of these names: train.tsv and the like, or the
+    hub's train-00000-of-00002.parquet with all that belong to it.
+
+    Raises `DataError` where one of those is missing.
+    """
+    single = (folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES)
+    if path := next((path for path in single if path.is_file()), None):
+        return read_table(path, skip_broken=skip_broken), path
+    digits = "[0-9]" * 5
+    found = (sorted(folder.glob(f"{name}-{digits}-of-{digits}.parquet")) for name in names)
+    if not (shards := next(filter(None, found), [])):
+        return None
+    first, count = shards[0], int(shards[0].stem[-5:])
+    if len(shards) != count:
+        raise DataError(f"{folder}: there are {len(shards)} files like {first.name}, it is one of {count}")
+    tables = [(read_table(shard), shard) for shard in shards]
+    joined = {c: [v for table, shard in tables for v in column(table, c, shard, first.name)] for c in tables[0][0]}
+    return joined, first
 
 
 def _parquet(path: Path) -> Table:

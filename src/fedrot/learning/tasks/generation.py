@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,7 +31,7 @@ def encode(tokenizer: Any, rows: Rows, max_length: int, template: Template = "pl
 
     One that is longer than `max_length` loses the beginning of what comes before its first learnt token, down to half
     of `max_length`, and then its end; how many were cut is counted. Raises `DataError` for a tokenizer without a chat
-    template where one is asked for.
+    template where one is asked for, and for a template that refuses a conversation.
     """
     if template == "chat" and not tokenizer.chat_template:
         raise DataError("data.template is chat, and the model's tokenizer has no chat template; use plain")
@@ -101,14 +102,13 @@ def _pieces(tokenizer: Any, turns: Sequence[Turn], template: Template) -> Iterat
     so_far = ""
     messages = _messages(turns)
     for number, (role, _) in enumerate(turns, start=1):
-        if role == ASSISTANT:
-            asked = _templated(tokenizer, messages[: number - 1], True)
-            yield asked[_agreed(so_far, asked) :], False
-            so_far = asked
+        if role != ASSISTANT:  # a template may refuse what the system says alone
+            continue
+        asked = _templated(tokenizer, messages[: number - 1], True)
+        yield asked[_agreed(so_far, asked) :], False
         said = _templated(tokenizer, messages[:number], False)
-        if role == ASSISTANT:
-            yield said[_agreed(so_far, said) :], True
-            so_far = said
+        yield said[_agreed(asked, said) :], True
+        so_far = said
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
@@ -118,7 +118,14 @@ def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
 def _templated(tokenizer: Any, messages: Sequence[dict[str, str]], prompt: bool) -> str:
     if not messages:  # the assistant speaks first; transformers refuses to write nothing
         return ""
-    text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    try:
+        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    except TemplateError as problem:  # of some models it knows no system, or wants turns to alternate
+        roles = ", ".join(message["role"] for message in messages[:8])
+        raise DataError(
+            f"the model's chat template refuses a conversation that begins {roles} "
+            f"({' '.join(str(problem).split())}); use data.template plain"
+        ) from None
     return text
 
 
