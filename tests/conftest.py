@@ -121,6 +121,7 @@ def tiny_recipe(tiny_model: Path, tiny_data: Path) -> Callable[[], dict[str, Any
             "train": "train.csv",
             "validation": "validation.csv",
             "test": "test.csv",
+            "labels": ["negative", "positive"],
             "group": "group",
             "max_length": 64,
         },

@@ -20,7 +20,7 @@ from core_helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedrot import aggregate, align
 from fedrot.core.adapter import Adapter, LoraPair
@@ -190,6 +190,26 @@ def test_what_is_no_tensor_comes_from_the_first_adapter():
     result = aggregate(adapters)
     assert result.config == {"r": 0}
     assert all(p.scale == 0.25 and p.fan_in_fan_out for p in result.layers.values())
+
+
+@pytest.fixture
+def every_warning():
+    torch.set_warn_always(True)  # some are given once a process
+    yield
+    torch.set_warn_always(False)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.usefixtures("every_warning")
+@pytest.mark.parametrize("method", ["fedit", "fedrot", "fedask", "fedrot_svd", "flora"])
+def test_live_parameters_are_averaged_and_saved_as_their_values(method, tmp_path):
+    adapters = [make_adapter(i) for i in range(3)]
+    live = [one.map(lambda t: nn.Parameter(t.clone())) for one in adapters]
+    found = aggregate(live[:2], method=method, reference=live[2])
+    assert not any(t.requires_grad for _, t in found.tensors())
+    assert_same(found, aggregate(adapters[:2], method=method, reference=adapters[2]))
+    live[0].save(tmp_path)
+    assert_same(Adapter.load(tmp_path), adapters[0])
 
 
 @pytest.mark.parametrize(("scale", "rank"), [(2.0, 3), (1 / 3, 3), (0.2, 3), (0.9, 41)])

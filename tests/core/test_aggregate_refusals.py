@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from core_helpers import SHAPES, make_adapter, refused
+from core_helpers import SHAPES, assert_same, make_adapter, refused
 
 from fedrot import aggregate
 from fedrot.core.errors import AdapterError, RecipeError
@@ -24,13 +24,23 @@ def test_weights_that_are_not_one_each_are_refused(weights):
         aggregate(PAIR, weights)
 
 
-@pytest.mark.parametrize("weight", [0, 0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf, 1e308])
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_weight_that_is_not_positive_and_finite_is_refused(weight, place):
+def test_a_weight_that_is_not_positive_or_could_overflow_is_refused(weight, place):
     weights = [1.0, 1.0]
     weights[place] = weight
     with refused("weight", repr(weight)):
         aggregate(PAIR, weights)
+
+
+@pytest.mark.parametrize("weight", [True, "much", None, [1.0], 10**400])
+def test_a_weight_that_is_no_number_is_refused_by_its_index(weight):
+    with refused("weights[1] must be a number", repr(weight)):
+        aggregate(PAIR, [1.0, weight])
+
+
+def test_a_weight_may_be_any_kind_of_number():
+    assert_same(aggregate(PAIR, [torch.tensor(1), "3"]), aggregate(PAIR, [1.0, 3.0]))
 
 
 def test_an_unknown_method_is_refused_with_the_choices():
@@ -58,6 +68,27 @@ def test_alternating_is_refused_since_there_are_no_rounds():
 def test_a_setting_s_bad_value_is_refused_by_its_name(key, value):
     with refused(key, error=RecipeError):
         aggregate(PAIR, method="fedrot", reference=make_adapter(2), **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value", "kind"),
+    [
+        ("lora_fair", "mu", "x", "a number"),
+        ("fedrot_svd", "kept_rank", 2.5, "a whole number or null"),
+        ("fedrot_consensus", "steps", 1.5, "a whole number"),
+        ("fedrot_consensus", "steps", True, "a whole number"),
+        ("fedrot", "guard", "yes", "true or false"),
+        ("fedrot", "strength", True, "a number or auto"),
+        ("fedex", "dequantize", 1, "true or false"),
+    ],
+)
+def test_a_setting_of_another_type_is_refused_by_its_name(method, key, value, kind):
+    with refused(f"method.{key} must be {kind}, got {value!r}", error=RecipeError):
+        aggregate(PAIR, method=method, reference=make_adapter(2), **{key: value})
+
+
+def test_a_whole_number_is_a_number_too():
+    assert_same(aggregate(PAIR, method="lora_fair", mu=1), aggregate(PAIR, method="lora_fair", mu=1.0))
 
 
 @pytest.mark.parametrize("place", [1, 2])

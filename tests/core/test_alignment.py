@@ -25,7 +25,7 @@ from core_helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedrot import align
 from fedrot.core.adapter import Adapter, LoraPair
@@ -238,6 +238,16 @@ def test_rank_one_has_nothing_to_turn_and_keeps_its_sign():
 def test_a_strength_outside_0_to_1_is_refused(strength):
     with refused("strength", repr(strength)):
         align(make_adapter(0), make_adapter(1), strength=strength)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("strength", [0.4, "auto"])
+def test_live_parameters_are_aligned_as_their_values(strength):
+    adapter, reference = make_adapter(0), make_adapter(1)
+    live = [one.map(lambda t: nn.Parameter(t.clone())) for one in (adapter, reference)]
+    found = align(*live, strength=strength)
+    assert not any(t.requires_grad for _, t in found.tensors())
+    assert_same(found, align(adapter, reference, strength=strength))
 
 
 @pytest.mark.parametrize("factor", ["C", "a", "", "alternate", None])

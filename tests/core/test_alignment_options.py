@@ -295,8 +295,20 @@ def test_rank_one_has_nothing_to_turn_by_any_choice(guard: bool) -> None:
 def test_an_unknown_softening_is_refused_with_the_choices(softening: str | None) -> None:
     with refused("softening", repr(softening), "linear or regularised"):
         align(make_adapter(0), make_adapter(1), softening=softening)
-    with refused("strength", "'much'", "'auto'"):
-        align(make_adapter(0), make_adapter(1), strength="much")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("guard", "yes", "true or false"),
+        ("keep_dtype", 1, "true or false"),
+        ("strength", True, "a number or auto"),
+        ("strength", "much", "a number or auto"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_by_its_name(key: str, value: object, kind: str) -> None:
+    with refused(f"{key} must be {kind}, got {value!r}"):
+        align(make_adapter(0), make_adapter(1), **{key: value})
 
 
 @pytest.mark.parametrize("factor", ["A", "B", "joint"])

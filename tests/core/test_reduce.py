@@ -105,8 +105,8 @@ def test_where_factors_are_needed_they_are_kept_as_they_came_with_normalised_wei
     assert all(kept is client for (_, kept), client in zip(factors, clients, strict=True))
 
 
-@pytest.mark.parametrize("weight", [0.0, -0.0, -1.0, math.nan, math.inf, -math.inf])
-def test_a_weight_that_is_not_positive_and_finite_is_refused_and_changes_nothing(weight):
+@pytest.mark.parametrize("weight", [0.0, -0.0, -1.0, math.nan, math.inf, -math.inf, 1e308, 1e-320])
+def test_a_weight_that_is_not_positive_or_could_overflow_is_refused_and_changes_nothing(weight):
     reduction = Reduction(make_adapter(0), ALL_PARTS)
     reduction.add(make_adapter(1), 2.0)
     with refused("weight", repr(weight)):

@@ -377,6 +377,7 @@ def test_evaluation_goes_on_without_bad_replies_and_without_nodes(caplog: pytest
             "'strength' is a setting neither of method 'fedit', which has none, nor",
         ),
         ({"strength": 2.0}, r"method.strength must be in \[0, 1\]"),
+        ({"guard": "yes"}, "method.guard must be true or false, got 'yes'"),
         ({"align": "both"}, "align must be client or server, got 'both'"),
         ({"max_norm": 0.0}, "max_norm must be above 0"),
         ({"lora_config": 16}, "lora_config must be PEFT's LoraConfig or a mapping, got 16"),

@@ -77,7 +77,9 @@ def test_a_narrow_client_sends_an_update_of_its_rank(name: str, tiny_values: dic
             assert min(second) > 1e-4
 
 
-def test_the_drift_of_a_narrow_client_is_what_it_moved_and_not_what_it_was_not_sent(tiny_values: dict[str, Any]) -> None:
+def test_the_drift_of_a_narrow_client_is_what_it_moved_and_not_what_it_was_not_sent(
+    tiny_values: dict[str, Any],
+) -> None:
     still = begin(tiny_values, *BOOKS, "--local.lr", "1e-6").play(2)
     assert still.records[1]["drift"]["a_mean"] < 1e-3
     moving = begin(tiny_values, *BOOKS).play(2)

@@ -125,27 +125,36 @@ def rewritten(path: Path, change: Callable[[str], str]) -> None:
     path.write_text(change(path.read_text()))
 
 
+UNREADABLE = "music: cannot read its data or model as the recipe says; the site's own log says why"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda text: text.replace("negative", "bad"), ("other labels", "'bad'")),
-        (lambda text: text.replace("negative", "neutral", 1), ("another form",)),  # a third label: the head is larger
-        (lambda text: text.replace("label", "verdict", 1), ("no column 'label'", "data.label")),
-        (lambda text: text + "one field\n", ("has 1 fields, expected 3",)),
-        (lambda text: "", ("the file is empty",)),
+        (lambda text: text.replace("negative", "bad"), "has label 'bad', which data.labels does not name"),
+        (lambda text: text.replace("label", "verdict", 1), "no column 'label' (data.label)"),
+        (lambda text: text + "one field\n", "has 1 fields, expected 3"),
+        (lambda text: "", "the file is empty"),
     ],
 )
-def test_other_data(change: Any, words: tuple[str, ...], ready: Prepared, post: LocalPost) -> None:
+def test_other_data(
+    change: Any, words: str, ready: Prepared, post: LocalPost, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The site is told what is wrong with them, the server that it is to ask the site."""
     for path in post.folders["music"].glob("*.csv"):
         rewritten(path, change)
-    without_music(ready, joined(ready, post), *words)
+    engine = joined(ready, post)
+    assert engine.refused["music"] == UNREADABLE
+    assert f"music: {post.folders['music']}" in caplog.text
+    assert words in caplog.text
+    without_music(ready, engine)
 
 
 def test_a_site_whose_data_are_mended_can_join_later(ready: Prepared, post: LocalPost) -> None:
     data = post.folders["music"]
     data.rename(data.with_name("elsewhere"))
     engine = joined(ready, post)
-    without_music(ready, engine, "train.csv", "no such file")
+    without_music(ready, engine, UNREADABLE)
     data.with_name("elsewhere").rename(data)
     engine.join()
     assert engine.refused == {}
@@ -189,6 +198,7 @@ def test_a_site_refuses_a_server_of_another_version(post: LocalPost) -> None:
         ({"method": {"name": ["fedrot"]}}, ("method",)),
         ({"method": {"name": {"a": {}}}}, ("method",)),
         ({"rounds": [[]]}, ("rounds",)),
+        ({"data": {"labels": None}}, ("data.labels: a site does not say its labels",)),
         ({"data": {"train": "/etc/passwd"}}, ("data.train", "not in the site's own folder")),
         ({"data": {"train": "train.csv", "test": "../books/test.csv"}}, ("data.test", "not in the site's own folder")),
     ],
@@ -203,6 +213,34 @@ def test_a_site_refuses_a_recipe_that_it_cannot_take(
         assert word in refused
     # It was not told a recipe that it could take, so it is not there for any.
     assert site.handle(Message.of(kind="train")).header["join"] is True
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"label": "text", "labels": None},
+        {"label": "text"},
+        {"label": "missing"},
+        {"label": "text", "columns": ["text", "label"]},
+        {"columns": ["label", "group", "label"]},
+        {"text": "missing"},
+        {"group": "missing"},
+        {"train": "missing.csv"},
+        {"source": "glue", "name": "rte", "labels": None},
+        {"source": "codesearchnet", "labels": None},
+        {"messages": "text", "labels": None},
+    ],
+    ids=str,
+)
+def test_no_recipe_has_a_site_tell_what_is_in_its_files_or_where_they_are(
+    data: dict[str, Any], post: LocalPost, tiny_values: dict[str, Any]
+) -> None:
+    reply = post.sites["music"].handle(request(values_of(tiny_values, data=data)))
+    assert reply.refused
+    said = reply.header_bytes().decode()
+    rows = (post.folders["music"] / "train.csv").read_text().splitlines()[1:]
+    assert [row for row in rows if row.split(",")[0] in said] == []
+    assert str(post.folders["music"].parent) not in said
 
 
 @pytest.mark.parametrize("recipe", [None, "fedrot", [], 3, True])
@@ -241,3 +279,13 @@ def test_a_site_takes_part_in_no_other_recipe_than_was_agreed_on(
     here = Here("music", post.folders["music"], compute={"threads": 1}, recipe=str(recipe_file()))
     reply = Site(here, tmp_path / "state").handle(request(values_of(tiny_values, **change)))
     assert reply.refused is None if key is None else f"music has agreed to {key}" in str(reply.refused)
+
+
+def test_what_is_wrong_with_the_agreed_recipe_is_for_the_site_alone(
+    post: LocalPost, tiny_values: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "agreed.yaml").write_text("rounds: [a secret\n")
+    here = Here("music", post.folders["music"], recipe=str(tmp_path / "agreed.yaml"))
+    refused = Site(here, tmp_path / "state").handle(request(tiny_values)).refused
+    assert refused == "music: cannot do what is asked; the site's own log says why"
+    assert f"agreed on: {tmp_path / 'agreed.yaml'}: line" in caplog.text

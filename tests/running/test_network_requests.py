@@ -4,8 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from network_faults import Known
 
+from fedrot.running.network.messages import Message
 from fedrot.running.simulation import Simulation
 
 
@@ -60,3 +62,14 @@ def test_a_site_outlives_a_fault_of_its_own(
         assert site.handle(sent).refused == "music: ZeroDivisionError; the site's own log says where"
     assert "a secret of the data" in caplog.text
     assert site.handle(sent).refused is None
+
+
+def test_where_a_site_keeps_things_is_not_said(known: Known, caplog: pytest.LogCaptureFixture) -> None:
+    """A result that cannot be written is refused with its folder's name, in the site's own log."""
+    sent = next(request for _, request, _ in known.post.carried if request.header["kind"] == "train")
+    spoiled = sent.payload.clone()
+    spoiled.view(torch.float32)[0] = float("nan")
+    request = Message({**sent.header, "kind": "finish"}, spoiled)
+    reply = known.post.sites["music"].handle(request)
+    assert reply.refused == "music: cannot do what is asked; the site's own log says why"
+    assert f"{known.post.memory / 'music' / 'run' / 'adapter'}: " in caplog.text

@@ -224,7 +224,7 @@ def test_a_site_that_starts_again_between_the_phases_of_a_round(tiny_values: dic
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])
 def test_memory_that_is_lost_is_said_and_can_be_brought_back(
-    damage: str, tiny_values: dict[str, Any], post: LocalPost, tmp_path: Path
+    damage: str, tiny_values: dict[str, Any], post: LocalPost, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     flags = ("--rounds", str(ROUNDS), "--method.name", "fedsa")
     there = deployed(tiny_values, post, *flags).play()
@@ -237,10 +237,12 @@ def test_memory_that_is_lost_is_said_and_can_be_brought_back(
         path.write_bytes(content[:-9])
     there.play()
     reason = there.records[1]["clients"]["dropped"]["music"]
-    assert str(path) in reason
-    assert (
-        "the upload of round 0 in, and what was kept of it is gone here" if damage == "gone" else "damaged"
-    ) in reason
+    assert str(path.parent) not in reason
+    if damage == "gone":
+        assert f"what was kept of it is gone here; bring {path.name} of the run's folder there back" in reason
+    else:
+        assert reason == "music: cannot do what is asked; the site's own log says why"
+        assert f"{path}: not a readable safetensors file" in caplog.text
     assert there.records[1]["clients"]["used"] == ["books", "films"]
     path.write_bytes(content)
     there.play(2)

@@ -11,7 +11,7 @@ from fakes import Silent, go, outcome
 from network_sites import ONE_BY_ONE, LocalPost, divide_files, values_of
 
 from fedrot.core.adapter import Adapter
-from fedrot.core.errors import RecipeError, RunError
+from fedrot.core.errors import DataError, RecipeError, RunError
 from fedrot.running.folder import RunFolder
 from fedrot.running.network.journal import read_exchanges
 from fedrot.running.network.opening import between_sites
@@ -134,10 +134,11 @@ def test_other_clients_than_the_run_began_with_are_refused(
         (("--evaluation.choose", "best", "--lora.head", "personal"), "evaluation.choose: between sites"),
         (("--lora.ranks", "{elsewhere: 1}"), "lora.ranks: there is no client 'elsewhere'"),
         (("--evaluation.final", "other"), "evaluation.final: no site has examples of 'other'"),
+        (("--data.max_length", "128"), "data.max_length is 128, .* has 64 positions"),
     ],
 )
 def test_what_sites_cannot_do_is_refused(
     flags: tuple[str, ...], words: str, tiny_values: dict[str, Any], post: LocalPost, tmp_path: Path
 ) -> None:
-    with pytest.raises((RecipeError, RunError), match=words):
+    with pytest.raises((RecipeError, DataError, RunError), match=words):
         deploy(tiny_values, post, tmp_path / "out", *flags)

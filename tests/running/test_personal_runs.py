@@ -14,6 +14,7 @@ from torch import Tensor
 from fedrot import Adapter
 from fedrot.core.adapter import part_of
 from fedrot.core.methods.base import Upload
+from fedrot.running.checkpoint import load_latest
 from fedrot.running.draws import draw_clients
 from fedrot.running.engine import Failure
 from fedrot.running.simulation import EVERYONE
@@ -138,6 +139,23 @@ def test_local_is_every_client_alone_bit_for_bit(
         assert found["by_client"][client] == wanted["by_client"][client]
         for mine, theirs in zip(together.metrics(), alone.metrics(), strict=True):
             assert mine["train"]["loss_by_client"][client] == theirs["train"]["loss_by_client"][client]
+
+
+def test_own_models_are_exported_with_what_went_into_the_base(tiny_values: dict[str, Any], tmp_path: Path) -> None:
+    """Of FLoRA it is everything: the factors that clients start the next round from are B = 0."""
+    folder = go(tiny_values, tmp_path, "--method.name=flora", "--lora.head=personal", "--rounds=2")
+    saved = load_latest(folder.checkpoints)
+    assert saved is not None
+    change = saved.server.broadcast.base_delta
+    assert change is not None
+    heads = []
+    for number in folder.read_json("clients/names.json"):
+        own = Adapter.load(folder.path / "clients" / number)
+        for name, pair in change.layers.items():
+            assert bool(pair.delta().any())
+            torch.testing.assert_close(own.layers[name].delta(), pair.delta(), rtol=1e-5, atol=1e-8)
+        heads.append(own.head["classifier.weight"])
+    assert not torch.equal(heads[0], heads[1])
 
 
 def test_local_sends_nothing_and_leaves_the_global_adapter_alone(tiny_values: dict[str, Any]) -> None:

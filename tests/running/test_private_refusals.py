@@ -31,7 +31,9 @@ def with_privacy(mode: str, noise: float) -> list[str]:
         (("--privacy.noise", "null"), ("privacy.noise", "give it")),
         (("--privacy.delta", "null"), ("privacy.delta", "give it")),
         (("--privacy.clip", "0"), ("privacy.clip", "positive")),
-        (("--privacy.noise", "-1"), ("privacy.noise", "at least 0")),
+        (("--privacy.noise", "-1"), ("privacy.noise", "from 1e-3 to 1e6")),
+        (("--privacy.noise", "1e-200"), ("privacy.noise", "from 1e-3 to 1e6")),
+        (("--privacy.noise", "1e200"), ("privacy.noise", "from 1e-3 to 1e6")),
         (("--privacy.delta", "1"), ("privacy.delta", "between 0 and 1")),
         (("--privacy.budget", "0"), ("privacy.budget", "positive")),
         (("--method.name", "as_published"), ("privacy.mode", "as_published", "private examples")),
@@ -44,6 +46,24 @@ def test_what_would_not_be_private_is_refused(
         parse_recipe(tiny_values, [*with_privacy(mode, 1.0), *flags])
     assert "\n" not in str(found.value)
     assert all(word in str(found.value) for word in words), str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "usual"),
+    [
+        ("clip", "1", "null"),
+        ("noise", "4", "null"),
+        ("noise", "0", "null"),
+        ("delta", "1e-5", "null"),
+        ("budget", "0.001", "null"),
+        ("secure", "true", "false"),
+    ],
+)
+def test_settings_without_a_mode_are_refused(key: str, value: str, usual: str, tiny_values: dict[str, Any]) -> None:
+    words = rf"privacy\.{key}: it is for a privacy\.mode; give privacy\.mode, or leave it {usual}$"
+    with pytest.raises(RecipeError, match=words):
+        parse_recipe(tiny_values, [f"--privacy.{key}", value])
+    assert parse_recipe(tiny_values, [f"--privacy.{key}", usual]).privacy.mode == "none"
 
 
 def test_a_norm_bound_is_refused_where_noise_is_in_the_norm(tiny_values: dict[str, Any]) -> None:

@@ -350,8 +350,3 @@ def test_reports_of_local_noiseless_and_plain_runs_stand_side_by_side(
     assert json.loads((tmp_path / "clipped" / "result.json").read_text())["privacy"]["epsilon"] is None
     plain = build_report([runs[2].path], tmp_path / "alone").read_text()
     assert "epsilon" not in plain.split("How it was run")[0]
-
-
-def test_settings_without_a_mode_do_nothing(tiny_values: dict[str, Any]) -> None:
-    idle = ("--privacy.clip", "0.1", "--privacy.noise", "3", "--privacy.budget", "1", "--privacy.secure", "true")
-    assert_equal(begin(tiny_values, *idle).play(2).adapter, begin(tiny_values).play(2).adapter)

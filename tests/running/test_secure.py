@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from local_grid import LocalGrid, key_of
-from network_sites import ONE_BY_ONE, LocalPost, deployed, divide_files
-from tiny_runs import assert_equal, assert_near, begin, cut_and_resumed, flat
+from network_sites import ONE_BY_ONE, LocalPost, deployed, divide_files, network
+from tiny_runs import Tiny, assert_equal, assert_near, begin, cut_and_resumed, flat
 
 from fedrot.app.progress import round_line
 from fedrot.app.report.load import RunData
@@ -21,6 +21,7 @@ from fedrot.running.flower.seat import client_app
 from fedrot.running.network import secure
 from fedrot.running.network.messages import Message
 from fedrot.running.network.site import Here, Site
+from fedrot.running.prepare import prepare
 from fedrot.running.recipe_file import parse_recipe
 from fedrot.running.secure import most_weight
 
@@ -174,6 +175,30 @@ def test_too_few_end_the_run_and_it_is_taken_up_again(tiny_values: dict[str, Any
 def test_a_run_that_is_cut_and_resumed(tiny_values: dict[str, Any], tmp_path: Path) -> None:
     whole, cut = cut_and_resumed(tiny_values, tmp_path, *SECURE, "--method.name", "fedask")
     assert cut == whole
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--federation.weighting", "held"), ("--federation.weighting", "used", "--local.steps=null", "--local.epochs=1")],
+    ids=["held", "used"],
+)
+def test_a_site_that_claims_more_than_a_sum_can_hold_is_kept_out_by_name(
+    flags: tuple[str, ...], tiny_values: dict[str, Any], post: LocalPost
+) -> None:
+    """No more than its part of what it can hold, a quarter: the others, honest as they are, always fit in."""
+    ready = prepare(parse_recipe(tiny_values, (*QUICK, *SECURE, *flags)))
+    for claimed, refused in ((2**29 - 8, []), (2**29, ["d"]), (2**31, ["d"])):
+        post.faults["d", "join"] = lambda request, reply, said=claimed: replace(
+            reply, header={**reply.header, "examples": {"train": said}}
+        )
+        engine = network(ready, post)
+        engine.join()
+        assert list(engine.refused) == refused
+    assert "has 2147483648 training examples, a weight of up to 2147483648" in engine.refused["d"]
+    assert "each may have 536870911, unless federation.weighting is uniform" in engine.refused["d"]
+    start = ready.recipe.method.start(ready.model.read())
+    tiny = Tiny(ready.recipe, ready, engine, start).play()  # type: ignore[arg-type]
+    assert tiny.records[0]["clients"] == {"drawn": 3, "used": ["a", "b", "c"], "dropped": {}}
 
 
 # What is refused when the recipe is read.

@@ -1,11 +1,14 @@
 """A site's worker: what it remembers, and that it is started again with all that counts when it dies."""
 
 import json
+import logging
 import os
 import signal
 import socket
+import stat
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from network_sites import LocalPost, divide_files, network
 from test_network import ONE_BY_ONE
 from tiny_runs import Tiny
 
+from fedrot.app.cli.service import log_here
 from fedrot.core.errors import FedrotError
 from fedrot.running.network.channel import Listener, WorkerError, ask, lock, receive, send
 from fedrot.running.network.messages import Message
@@ -178,6 +182,36 @@ def test_a_second_worker_at_the_same_socket_or_folder_ends_with_code_2(
     one, two = caplog.messages
     assert one.endswith("w.sock: another worker listens here; end it first")
     assert two.endswith("m: another worker keeps this client's state here; end it first")
+
+
+@pytest.fixture
+def fedrot_log() -> Iterator[None]:
+    """The log of fedrot as it was, afterwards."""
+    log = logging.getLogger("fedrot")
+    before = list(log.handlers), log.level, log.propagate
+    yield
+    for handler in set(log.handlers) - set(before[0]):
+        log.removeHandler(handler)
+        handler.close()
+    log.setLevel(before[1])
+    log.propagate = before[2]
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022], ids=oct)
+@pytest.mark.parametrize("there", [False, True], ids=["new", "there"])
+def test_the_folder_of_a_command_that_stays_is_its_user_s_alone(
+    umask: int, there: bool, tmp_path: Path, fedrot_log: None
+) -> None:
+    """A log is the first thing in it, and a worker's socket another."""
+    folder, before = tmp_path / "sites" / "books", os.umask(umask)
+    try:
+        if there:
+            folder.mkdir(parents=True)
+        log_here(folder / "client.log")
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        Listener(folder / "worker.sock").close()
+    finally:
+        os.umask(before)
 
 
 def same(found: Message, wanted: Message) -> None:

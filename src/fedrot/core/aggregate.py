@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from torch import Tensor
+
 from fedrot.core.adapter import Adapter, LoraPair, same_form
 from fedrot.core.alignment import check_finite
 from fedrot.core.diagnostics import AggregationErrors, exact_errors, sent_errors
@@ -36,8 +38,8 @@ def aggregate(
     Args:
         adapters: at least one; the same layers and head tensors. Half precision is widened to float32. Ranks may
             differ, layer by layer, and so may alpha: the result has the largest rank and the first adapter's scale.
-        weights: one positive number an adapter, e.g. its number of training examples; they need not sum to one.
-            None weighs all alike.
+        weights: one positive number an adapter, e.g. its number of training examples, from 1e-100 to 1e100; they need
+            not sum to one. None weighs all alike.
         method: the name of a registered method that needs no training round. One that changes the base model gives
             the change back as extra rank.
         reference: the common starting point that `fedrot` aligns to, e.g. the adapter that all were trained from; its
@@ -46,8 +48,8 @@ def aggregate(
             given.
 
     Raises:
-        ValueError: adapters of different form, weights that are not positive, an unknown method or setting, a
-            reference that is missing or of another form.
+        ValueError: adapters of different form, weights that are not positive numbers, an unknown method, a setting that
+            it has not or of another type, a reference that is missing or of another form.
     """
     chosen, parts, weights, frame = _prepared(adapters, weights, method, reference, settings)
     return _combine(chosen, parts, weights, frame)
@@ -128,7 +130,8 @@ def _prepared(
     """(method, adapters of one form, weights, what to align to); raises what `aggregate` does."""
     if not adapters:
         raise FedrotError("there are no adapters to aggregate")
-    weights = [1.0] * len(adapters) if weights is None else list(weights)
+    adapters = [adapter.map(Tensor.detach) for adapter in adapters]
+    weights = [1.0] * len(adapters) if weights is None else [_number(w, f"weights[{i}]") for i, w in enumerate(weights)]
     if len(weights) != len(adapters):
         raise FedrotError(f"there are {len(adapters)} adapters and {len(weights)} weights; give one each")
     kind = get_method(method)
@@ -142,6 +145,7 @@ def _prepared(
         raise RecipeError(f"method {method!r} aligns to a reference; give reference=, e.g. the common starting adapter")
     parts = alike(adapters)
     if reference is not None:
+        reference = reference.map(Tensor.detach)
         check_finite(reference)
         bare = (_outer(replace(reference, head={})), _outer(replace(parts[0], head={})))  # the head is not rotated
         same_form(*bare, who="reference", other="the adapters")
@@ -153,6 +157,16 @@ def _prepared(
                 )
         reference = _like(reference, parts[0])
     return kind.standalone(**settings), parts, weights, reference or _mean(parts, weights)
+
+
+def _number(value: Any, key: str) -> float:
+    """The value as a float, whatever kind of number it is. Raises `FedrotError` naming the key."""
+    try:
+        if not isinstance(value, bool):
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise FedrotError(f"{key} must be a number, got {value!r}")
 
 
 def _mean(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:

@@ -8,14 +8,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fedrot.core.adapter import Adapter, LoraPair, same_form, stacks
-from fedrot.core.errors import AdapterError, FedrotError, choices
+from fedrot.core.errors import AdapterError, FedrotError
 from fedrot.core.linalg import procrustes, regularised, soften
+from fedrot.core.typed import check_type
 
 Factor = Literal["A", "B", "joint"]
 Softening = Literal["linear", "regularised"]
@@ -41,7 +42,7 @@ def align(
     its mean squared residual ('joint'), softened to `strength`; the result is (R^T A, B R). The head is not touched.
 
     Args:
-        adapter: the factors to turn, e.g. a client's after local training.
+        adapter: the factors to turn, e.g. a client's after local training. No gradient goes through the result.
         reference: the factors to turn towards, with the same layers and shapes, e.g. the last broadcast.
         factor: which factor is matched to the reference's.
         strength: lambda in [0, 1]; 0 leaves the adapter as it is, 1 turns all the way. 'auto' takes, layer by layer,
@@ -54,8 +55,11 @@ def align(
             more than noise does (`worth_turning`).
 
     Raises:
-        ValueError: strength outside [0, 1] or not finite, an unknown factor, other layers, shapes or ranks.
+        ValueError: strength outside [0, 1] or not finite, an unknown factor, an argument of another type, other layers,
+            shapes or ranks.
     """
+    check_type("keep_dtype", keep_dtype, bool)
+    adapter, reference = adapter.map(Tensor.detach), reference.map(Tensor.detach)
     same_layers(adapter, reference)
     return rotate(adapter, find_rotations(adapter, reference, factor, strength, softening, guard), keep_dtype)
 
@@ -75,15 +79,12 @@ def check_finite(adapter: Adapter) -> None:
 
 def check_strength(strength: Strength) -> Strength:
     """`strength` as a float in [0, 1] or 'auto', or `FedrotError`."""
+    check_type("strength", strength, Strength)
     if strength == "auto":
         return "auto"
-    try:
-        value = float(strength)
-    except (TypeError, ValueError):
-        raise FedrotError(f"strength must be a number in [0, 1] or 'auto', got {strength!r}") from None
-    if not (math.isfinite(value) and 0.0 <= value <= 1.0):
+    if not 0 <= strength <= 1:
         raise FedrotError(f"strength must be in [0, 1] or 'auto', got {strength!r}")
-    return value
+    return float(strength)
 
 
 def find_rotations(
@@ -99,9 +100,8 @@ def find_rotations(
     The adapter has the reference's layers and shapes.
     """
     strength = check_strength(strength)
-    for what, value, kind in (("factor", factor, Factor), ("softening", softening, Softening)):
-        if value not in get_args(kind):
-            raise FedrotError(f"{what} must be {choices(get_args(kind))}, got {value!r}")
+    for what, value, kind in (("factor", factor, Factor), ("softening", softening, Softening), ("guard", guard, bool)):
+        check_type(what, value, kind)
     for one in (adapter, reference):
         check_finite(one)
     if factor == "joint" or guard or strength == "auto":

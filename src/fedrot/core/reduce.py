@@ -1,13 +1,14 @@
 """The reduction between clients and server: a streamed weighted mean, and the uploads themselves where needed."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from fedrot.core.adapter import Adapter, part_of
 from fedrot.core.errors import FedrotError
 from fedrot.core.methods.base import Reduced
+
+# Beyond these, sums of weights and products with them could leave float64's range.
+_LEAST, _MOST = 1e-100, 1e100
 
 
 class Reduction:
@@ -28,9 +29,9 @@ class Reduction:
         self.count = 0
 
     def add(self, adapter: Adapter, weight: float) -> None:
-        """Fold one adapter in. `weight` is positive and finite: a zero would silently drop a client."""
-        if not (math.isfinite(weight) and weight > 0):
-            raise FedrotError(f"a weight must be positive and finite, got {weight!r}")
+        """Fold one adapter in. `weight` is positive: a zero would silently drop a client."""
+        if not _LEAST <= weight <= _MOST:
+            raise FedrotError(f"a weight must be positive, from {_LEAST:g} to {_MOST:g}, got {weight!r}")
         for name, tensor in adapter.tensors():
             if name in self._sums:
                 self._sums[name].add_(tensor.detach().double(), alpha=weight)

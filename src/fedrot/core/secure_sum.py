@@ -20,7 +20,7 @@ from fedrot.core.errors import FedrotError
 # The largest sum of honest numbers, K. Sums lie within a sixteenth of the modulus: a number that is anything but a sum
 # of honest ones falls outside it fifteen times of sixteen.
 _LARGEST = 2**27
-_MOST_WEIGHT = 2**31
+MOST_WEIGHT = 2**31 - 1  # of all clients together
 _LOSS_STEPS, _LARGEST_LOSS = 2**16, 2**15  # a larger loss counts as this
 
 COUNTS = ("weight", "clipped", "rows", "tokens", "loss")
@@ -74,10 +74,10 @@ class Scale:
     total: int  # M
 
     def __post_init__(self) -> None:
-        if not 0 < self.total < _MOST_WEIGHT:
+        if not 0 < self.total <= MOST_WEIGHT:
             raise FedrotError(
-                f"the weights of a secure sum may add up to anything from 1 to 2^31, these to {self.total}; set "
-                "federation.weighting uniform"
+                f"the weights of a secure sum may add up to anything from 1 to {MOST_WEIGHT}, these to {self.total}; "
+                "set federation.weighting uniform"
             )
 
     def summand(

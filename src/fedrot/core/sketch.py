@@ -35,10 +35,10 @@ class _Layer:
             for when in ("after", "before")
         }
 
-    def add(self, pair: LoraPair, before: LoraPair, weight: float, other: bool) -> None:
+    def add(self, pair: LoraPair, before: LoraPair, weight: float, changed: bool) -> None:
         a, b = _factors(pair)
         self.right.addmm_(b, a @ self.omega, alpha=weight)
-        if other:
+        if changed:
             omega = self.omega[:, : self.width]
             was_a, was_b = _factors(before)
             self.shift.addmm_(was_b, was_a @ omega, alpha=weight).addmm_(b, a @ omega, alpha=-weight)
@@ -90,13 +90,13 @@ class SketchedErrors:
         self._total = 0.0
         self.count = 0
 
-    def add(self, adapter: Adapter, weight: float, before: Adapter | None = None, other: bool = False) -> None:
+    def add(self, adapter: Adapter, weight: float, before: Adapter | None = None, changed: bool = False) -> None:
         """Fold one client's factors in; `before` are the same ones before they were turned, if they were, and have
-        `other` products where that is said.
+        other products where they are `changed`.
         """
         before = before or adapter
         for name, layer in self._layers.items():
-            layer.add(adapter.layers[name], before.layers[name], weight, other)
+            layer.add(adapter.layers[name], before.layers[name], weight, changed)
         self._total += weight
         self.count += 1
 

@@ -1,4 +1,4 @@
-"""What a recipe with a privacy.mode must be: refused is what its clip and its noise would not cover."""
+"""What a recipe's privacy must be: refused is what would do nothing, or what clip and noise would not cover."""
 
 from typing import TYPE_CHECKING
 
@@ -9,8 +9,14 @@ if TYPE_CHECKING:
 
 
 def check_privacy(r: "Recipe") -> None:
-    """Refuse what clipping and noise do not make private, with the reason. Raises `RecipeError`."""
+    """Refuse settings without a mode, and what clipping and noise do not make private. Raises `RecipeError`."""
     mode, method = r.privacy.mode, r.method
+    if mode == "none":
+        for key, usual in (("clip", None), ("noise", None), ("delta", None), ("budget", None), ("secure", False)):
+            if getattr(r.privacy, key) != usual:
+                leave = "null" if usual is None else "false"
+                raise RecipeError(f"privacy.{key}: it is for a privacy.mode; give privacy.mode, or leave it {leave}")
+        return
     clients, examples = mode != "example", mode == "example"  # whom it protects
     for key in ("clip", "noise", "delta"):
         if getattr(r.privacy, key) is None:

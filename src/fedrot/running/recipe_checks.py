@@ -64,7 +64,8 @@ def ranges(r: "Recipe") -> Iterator[tuple[str, bool, str]]:
     near = r.secure.neighbours
     yield "secure.neighbours", near is None or (near >= 4 and near % 2 == 0), "an even number of at least 4, or null"
     yield "privacy.clip", r.privacy.clip is None or 0 < r.privacy.clip < inf, "positive, or null"
-    yield "privacy.noise", r.privacy.noise is None or 0 <= r.privacy.noise < inf, "at least 0, or null"
+    noise = r.privacy.noise
+    yield "privacy.noise", noise is None or noise == 0 or 1e-3 <= noise <= 1e6, "0, or from 1e-3 to 1e6, or null"
     yield "privacy.delta", r.privacy.delta is None or 0 < r.privacy.delta < 1, "between 0 and 1, or null"
     yield "privacy.budget", r.privacy.budget is None or 0 < r.privacy.budget < inf, "positive, or null"
     yield "robust.share", 0 < r.robust.share < 0.5, "between 0 and 0.5"
@@ -129,8 +130,7 @@ def check_combinations(r: "Recipe") -> None:
     if r.evaluation.shots and (r.evaluation.final or r.evaluation.split) == "train":
         raise RecipeError("evaluation.shots: they are taken from train, whose problems are asked; choose another split")
     _method_checks(r)
-    if r.privacy.mode != "none":
-        check_privacy(r)
+    check_privacy(r)
     if r.secure.aggregation:
         _secure_checks(r)
 

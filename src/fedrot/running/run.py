@@ -7,7 +7,6 @@ from typing import Any
 
 from fedrot.core.errors import RunError
 from fedrot.core.methods.base import ServerState
-from fedrot.core.products import joined
 from fedrot.learning.models import ResidentModel
 from fedrot.running import accounting
 from fedrot.running.accounting import Accountant
@@ -174,11 +173,9 @@ def _finish(folder: RunFolder, recipe: Recipe, engine: Engine, state: ServerStat
         split = recipe.evaluation.final or recipe.evaluation.split
         watcher.evaluating(split)
         result["answers"] = engine.answers(state.broadcast, split).record()
-    # A change of the base comes back as extra rank, so that the adapter alone is the model.
-    extra = () if state.broadcast.base_delta is None else (state.broadcast.base_delta,)
-    joined(state.broadcast.adapter, *extra).save(folder.adapter)
+    state.broadcast.exported(state.broadcast.adapter).save(folder.adapter)
     if own := engine.finish(state.broadcast):
         for number, client in enumerate(engine.clients):
-            own[client].save(folder.path / "clients" / f"{number:03d}")
+            state.broadcast.exported(own[client]).save(folder.path / "clients" / f"{number:03d}")
         folder.write_json("clients/names.json", {f"{n:03d}": name for n, name in enumerate(engine.clients)})
     folder.write_json("result.json", result)

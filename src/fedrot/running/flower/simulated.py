@@ -167,7 +167,7 @@ class _Process:
             self._seats[number] = self._seat(number)
         seat, kind = self._seats[number], kind_of(request)
         if kind == "join":
-            return seat.introduction()
+            return seat.introduction(self._ready.dataset.labels)
         if kind == "finish" and not personal(self._ready.recipe):  # the run folder has the one adapter
             return Message.of(round=count_of(request.header, "round"))
         return ANSWERS[kind](seat, request)

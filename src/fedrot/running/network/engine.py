@@ -11,9 +11,10 @@ from typing import Any, Protocol
 from fedrot import __version__
 from fedrot.core.adapter import Adapter
 from fedrot.core.checks import RejectedUpload
-from fedrot.core.errors import AdapterError, RunError
+from fedrot.core.errors import RunError
 from fedrot.core.methods.base import ALL_PARTS, Broadcast, ClientState, Upload
 from fedrot.core.packed import Layout
+from fedrot.core.secure_sum import MOST_WEIGHT
 from fedrot.learning.evaluation import Evaluation
 from fedrot.learning.local import most_rows
 from fedrot.learning.tasks import classification, generation
@@ -25,7 +26,7 @@ from fedrot.running.network.secure import require
 from fedrot.running.network.tensors import adapter_message, broadcast_message, read_adapter, read_upload
 from fedrot.running.privacy import counted, told
 from fedrot.running.recipe import Recipe
-from fedrot.running.secure import SecureSum, total_weight
+from fedrot.running.secure import SecureSum, most_weight, total_weight
 from fedrot.running.settings import drawn_count, least_uploads
 from fedrot.running.simulation import personal
 
@@ -60,9 +61,10 @@ class Expected:
     model: str  # hash of the base weights
     labels: Sequence[str]
 
-    def examples(self, reply: Message, recipe: Recipe) -> dict[str, int]:
+    def examples(self, reply: Message, recipe: Recipe, clients: int) -> dict[str, int]:
         """How many examples of each split a site has, by what it says of itself as far as the recipe lets it. Raises
-        `MessageError` where it does not, or says that it is not what the run needs.
+        `MessageError` where it does not, or says that it is not what the run needs, or so many examples that a secure
+        sum of all `clients` could not take its weight.
         """
         schema = Layout.of(self.form, ALL_PARTS).schema
         for key, mine, what in (
@@ -77,7 +79,14 @@ class Expected:
                 raise MessageError(f"has {what}{said}")
         counts = value_of(reply.header, "examples", dict)
         splits = counted(recipe, dict.fromkeys(("train", *counts)))
-        return {split: count_of(counts, split, least=int(split == "train")) for split in splits}
+        found = {split: count_of(counts, split, least=int(split == "train")) for split in splits}
+        most = MOST_WEIGHT // max(1, clients)
+        if recipe.secure.aggregation and (weight := most_weight(recipe, found.get("train", 1))[0]) > most:
+            raise MessageError(
+                f"has {found['train']} training examples, a weight of up to {weight}; in a secure sum of {clients} "
+                f"clients each may have {most}, unless federation.weighting is uniform"
+            )
+        return found
 
     @property
     def metric(self) -> str:
@@ -163,7 +172,8 @@ class Network:
     def _admit(self, client: str, request: Message, reply: Message | str) -> None:
         """Let a site take part, if its reply to the request to join says that it has what the run needs."""
         try:
-            self._joined[client] = self._expected.examples(_given(reply), self._recipe)
+            clients = self._post.clients() if self._named is None else self._named
+            self._joined[client] = self._expected.examples(_given(reply), self._recipe, len(clients))
             self.refused.pop(client, None)
         except MessageError as problem:
             self.refused[client] = str(problem)
@@ -260,7 +270,7 @@ class Network:
                 message = _given(reply)
                 of_round(message.header, self._round)
                 found = read_adapter(message, question, frozenset({"a"}))
-            except (MessageError, AdapterError) as problem:
+            except MessageError as problem:
                 yield Failure(client, f"answer: {problem}")
                 continue
             # What an upload says beside its tensors was checked in the first phase.

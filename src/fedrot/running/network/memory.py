@@ -6,6 +6,7 @@ from pathlib import Path
 from fedrot.core.errors import RunError
 from fedrot.core.files import flush_folder, read_tensors, tensor_bytes, write_atomic
 from fedrot.core.methods.base import ClientState
+from fedrot.running.network.messages import Refusal
 
 
 class Memory:
@@ -19,14 +20,16 @@ class Memory:
         self._folder = folder
 
     def of(self, round: int | None, who: str) -> ClientState:
-        """What was kept of a round; nothing before the first. `RunError` where it is gone or cannot be read."""
+        """What was kept of a round; nothing before the first. `Refusal` where it is gone, `RunError` where it cannot be
+        read.
+        """
         if round is None:
             return {}
         path = self._path(round)
         if not path.exists():
-            raise RunError(
+            raise Refusal(
                 f"{who}: the server took the upload of round {round} in, and what was kept of it is gone here; bring "
-                f"{path} back"
+                f"{path.name} of the run's folder there back"
             )
         return read_tensors(path, RunError)
 

@@ -13,7 +13,7 @@ from fedrot.running.network.buffered import Buffered
 from fedrot.running.network.engine import Expected, Network, Post
 from fedrot.running.network.journal import FileJournal
 from fedrot.running.network.secure import require
-from fedrot.running.prepare import first_adapter
+from fedrot.running.prepare import check_length, first_adapter
 from fedrot.running.privacy import told
 from fedrot.running.recipe import Recipe
 from fedrot.running.run import Stage
@@ -97,6 +97,7 @@ def between_sites(post: Post, clients: Sequence[str], wait: float) -> Callable[[
         recipe = for_machine(recipe)
         labels = known_labels(recipe.data) or ()
         model = load_model(recipe.model, recipe.lora, labels, recipe.seed)
+        check_length(recipe, model)
         expected = Expected(first_adapter(recipe, model), model.fingerprint(), labels)
         kind = Network if recipe.federation.buffer is None else Buffered
         engine = kind(recipe, expected, post, clients, described["run"], FileJournal(folder.path), wait)

@@ -6,22 +6,23 @@ a site trains and keeps is what the embedded engine would for this one client.
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedrot import __version__
 from fedrot.core.adapter import Adapter
-from fedrot.core.errors import FedrotError, RecipeError, RunError
+from fedrot.core.checks import RejectedUpload
+from fedrot.core.errors import DataError, FedrotError, RecipeError, RunError
 from fedrot.core.files import remove_partial
 from fedrot.core.methods.base import ALL_PARTS, ClientState, Upload
 from fedrot.core.packed import Layout
-from fedrot.core.products import joined
+from fedrot.learning.sources.read import known_labels
 from fedrot.running.choices import adopted
 from fedrot.running.client import Round, keeps_state
 from fedrot.running.network.memory import Memory
-from fedrot.running.network.messages import Message, MessageError, count_of, shown, value_of
+from fedrot.running.network.messages import Message, MessageError, Refusal, count_of, shown, value_of
 from fedrot.running.network.secure import STAGES, require
 from fedrot.running.network.tensors import (
     adapter_message,
@@ -75,12 +76,12 @@ class Site:
     def _join(self, request: Message) -> Message:
         """Take the recipe on, load what it needs, and say what there is."""
         if (version := value_of(request.header, "fedrot", str)) != __version__:
-            raise RunError(
+            raise Refusal(
                 f"{self._here.name} has fedrot {__version__}, the server {shown(version)}; install the same one"
             )
         recipe = self._recipe(value_of(request.header, "recipe", dict))
         if self._here.secure and not recipe.secure.aggregation:
-            raise RunError(f"{self._here.name} takes part in runs with secure.aggregation only; set it to true")
+            raise Refusal(f"{self._here.name} takes part in runs with secure.aggregation only; set it to true")
         run = value_of(request.header, "run", str)
         if not re.fullmatch(r"[A-Za-z0-9]{1,64}", run):
             raise MessageError(f"the run's name must be of letters and digits, got {shown(run)}")
@@ -90,26 +91,34 @@ class Site:
             form, base = ready.model.read(), ready.model.fingerprint()
             self._seat = Seat((run, recipe), ready, self._folder / run, form, base)
             logging.getLogger("fedrot").info("%s: joined the run %s (%s)", self._here.name, run, recipe.name)
-        return self._seat.introduction()
+        return self._seat.introduction(known_labels(recipe.data) or ())
 
     def _recipe(self, values: dict[str, Any]) -> Recipe:
         """The server's recipe with what is the site's own, if it is the one that was agreed on."""
         source = "the server's recipe"
         recipe = parse_recipe(self._own(values), source=source)
+        if known_labels(recipe.data) is None:  # what a column holds, every text of it, is not the server's to know
+            raise RecipeError(f"{source}: data.labels: a site does not say its labels; name them, in their order")
         for key in ("train", "validation", "test"):
             name = Path(getattr(recipe.data, key) or "")
             if name.is_absolute() or ".." in name.parts:
                 raise RecipeError(f"{source}: data.{key}: {str(name)!r} is not in the site's own folder of data")
         if self._here.recipe is not None:
-            agreed = parse_recipe(self._own(read_recipe(Path(self._here.recipe), ()).to_dict()))
-            was, asked = (_that_matters(r) for r in (adopted(agreed, recipe), recipe))
+            was, asked = (_that_matters(r) for r in (adopted(self._agreed(self._here.recipe), recipe), recipe))
             if change := changed_key(was, asked):
                 key, mine, theirs = change
-                raise RunError(
+                raise Refusal(
                     f"{self._here.name} has agreed to {key} {shown(mine)}, {source} has {shown(theirs)}; run it "
                     "as it was agreed on, or agree on another one"
                 )
         return recipe
+
+    def _agreed(self, path: str) -> Recipe:
+        """The recipe in the site's file, with what is the site's own. `RunError` where it cannot be read."""
+        try:
+            return parse_recipe(self._own(read_recipe(Path(path), ()).to_dict()))
+        except RecipeError as problem:
+            raise RunError(f"the recipe that was agreed on: {problem}") from None
 
     def _own(self, values: dict[str, Any]) -> dict[str, Any]:
         """A recipe's values with what is the site's own."""
@@ -155,8 +164,8 @@ class Seat:
         if ready.recipe.secure.aggregation:
             require()
 
-    def introduction(self) -> Message:
-        """What the server must know before it lets the site take part."""
+    def introduction(self, labels: Sequence[str]) -> Message:
+        """What the server must know before it lets the site take part; `labels` are those that the server knows."""
         ready = self._ready
         counts = {split: len(mine.get(self._name, ())) for split, mine in ready.partition.indices.items()}
         return Message.of(
@@ -164,7 +173,7 @@ class Seat:
             client=self._name,
             schema=Layout.of(self._form, ALL_PARTS).schema,
             model=self._base,
-            labels=list(ready.dataset.labels),
+            labels=list(labels),
             examples={split: counts[split] for split in counted(ready.recipe, counts)},
         )
 
@@ -187,7 +196,7 @@ class Seat:
         """The second phase of the round that was trained last."""
         number = count_of(request.header, "round")
         if self._last is None or self._last[0] != number:
-            raise RunError(f"{self._name}: has nothing of round {number} to answer from")
+            raise Refusal(f"{self._name}: has nothing of round {number} to answer from")
         question = read_adapter(request, self._form, frozenset({"b"}))
         found = self._ready.recipe.method.answer(self._last[1].trained, question)
         if self._ready.recipe.secure.aggregation:
@@ -206,18 +215,18 @@ class Seat:
     def stage(self, request: Message) -> Message:
         """A stage of the secure sum that was begun last."""
         if self._sum is None:
-            raise RunError(f"{self._name}: has begun no secure sum")
+            raise Refusal(f"{self._name}: has begun no secure sum")
         return self._sum.handle(request)
 
     def evaluate(self, request: Message) -> Message:
         """The scores of the broadcast, or of the client's own model, on the site's own examples."""
         if not told(self._ready.recipe)[0]:
-            raise RunError(f"{self._name}: its examples' scores have no noise, and privacy.mode says to give none")
+            raise Refusal(f"{self._name}: its examples' scores have no noise, and privacy.mode says to give none")
         split, limit = value_of(request.header, "split", str), None
         if request.header.get("limit") is not None:
             limit = count_of(request.header, "limit", least=1)
         if split not in self._ready.encoded:
-            raise RunError(f"{self._name}: has no split {shown(split)} to score")
+            raise Refusal(f"{self._name}: has no split {shown(split)} to score")
         broadcast = read_broadcast(request, self._form, self._ready.recipe)
         self._take_up(request)
         found = self._engine.evaluate(broadcast, split, limit)
@@ -228,10 +237,8 @@ class Seat:
         broadcast = read_broadcast(request, self._form, self._ready.recipe)
         self._take_up(request)
         own = self._engine.finish(broadcast).get(self._name, broadcast.adapter)
-        # A change of the base comes back as extra rank, as in the server's adapter.
-        extra = () if broadcast.base_delta is None else (broadcast.base_delta,)
         path = self._folder / "adapter"
-        joined(own, *extra).save(path)
+        broadcast.exported(own).save(path)
         logging.getLogger("fedrot").info("%s: the run is over, its adapter is %s", self._name, path)
         return Message.of(round=broadcast.round)
 
@@ -260,15 +267,24 @@ def kind_of(request: Message) -> str:
     return kind
 
 
+# Errors whose text is made of what the server sent, or may know. Texts of others may quote examples, or name files.
+_FOR_THE_SERVER = (MessageError, Refusal, RecipeError, RejectedUpload)
+
+
 def replied(name: str, reply: Callable[[], Message]) -> Message:
-    """The reply, or a refusal with the reason where there is none. Never raises an `Exception`."""
+    """The reply, or a refusal where there is none, with the reason if the server may know it; else that is in the
+    site's own log. Never raises an `Exception`.
+    """
     try:
         found = reply()
         found.header_bytes()  # what cannot travel is refused here, where the reason is known
-    except FedrotError as problem:
+    except _FOR_THE_SERVER as problem:
         return Message.refusal(str(problem))
-    except Exception as problem:
-        # The site is there for the next request. The text may tell of its data, so it stays here.
+    except FedrotError as problem:
+        logging.getLogger("fedrot").error("%s: %s", name, problem)
+        what = "read its data or model as the recipe says" if isinstance(problem, DataError) else "do what is asked"
+        return Message.refusal(f"{name}: cannot {what}; the site's own log says why")
+    except Exception as problem:  # the site is there for the next request
         logging.getLogger("fedrot").exception("%s: a request could not be answered", name)
         return Message.refusal(f"{name}: {type(problem).__name__}; the site's own log says where")
     return found

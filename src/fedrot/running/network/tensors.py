@@ -64,9 +64,9 @@ def broadcast_message(broadcast: Broadcast, recipe: Recipe, kind: str, **header:
 
 
 def read_broadcast(message: Message, form: Adapter, recipe: Recipe) -> Broadcast:
-    """The broadcast in a request; what does not travel is `form`'s. Raises `MessageError` or `AdapterError`."""
+    """The broadcast in a request; what does not travel is `form`'s. Raises `MessageError`."""
     layout = Layout.of(form, broadcast_parts(recipe))
-    layout.agree(value_of(message.header, "schema", str))
+    _agree(layout, message)
     number, reader = count_of(message.header, "round"), Reader(message)
     if number > recipe.rounds:
         raise MessageError(f"the broadcast is of round {number}, and the recipe has {recipe.rounds} rounds")
@@ -157,9 +157,17 @@ def adapter_message(adapter: Adapter, parts: frozenset[str], **header: Any) -> M
 
 
 def read_adapter(message: Message, form: Adapter, parts: frozenset[str]) -> Adapter:
-    """The adapter in it; the other parts are `form`'s. Raises `MessageError` or `AdapterError`."""
+    """The adapter in it; the other parts are `form`'s. Raises `MessageError`."""
     layout, reader = Layout.of(form, parts), Reader(message)
-    layout.agree(value_of(message.header, "schema", str))
+    _agree(layout, message)
     found = layout.unpack(reader.numbers(layout.size), form)
     reader.end()
     return found
+
+
+def _agree(layout: Layout, message: Message) -> None:
+    """Raise `MessageError` unless the message's tensors lie as in the layout."""
+    try:
+        layout.agree(value_of(message.header, "schema", str))
+    except AdapterError as problem:
+        raise MessageError(str(problem)) from None

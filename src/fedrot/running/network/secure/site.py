@@ -8,7 +8,7 @@ from pathlib import Path
 from fedrot.core.errors import RunError
 from fedrot.core.files import flush_folder, write_atomic
 from fedrot.core.secure_sum import Summand
-from fedrot.running.network.messages import Message, MessageError, of_round, shown, value_of
+from fedrot.running.network.messages import Message, MessageError, Refusal, of_round, shown, value_of
 from fedrot.running.network.secure import STAGES, stages
 from fedrot.running.network.secure.crypto import KEY_SHARE, SEED_SHARE, Secrets, add_mask, numbered, split
 from fedrot.running.network.secure.graph import Graph
@@ -26,7 +26,9 @@ class Consents:
         self._path = folder / "sums.json"
 
     def give(self, round: int, phase: str, clients: list[str]) -> None:
-        """Remember these clients; durable when this returns. `RunError` where they were others before."""
+        """Remember these clients; durable when this returns. `Refusal` where they were others before, `RunError`
+        where what was given before cannot be read.
+        """
         given: dict[str, str] = {}
         if self._path.exists():
             try:
@@ -35,7 +37,7 @@ class Consents:
                 raise RunError(f"{self._path}: cannot be read; it says which sums of the run were opened") from None
         key, named = f"{round} {phase}", hashlib.blake2b(json.dumps(clients).encode(), digest_size=16).hexdigest()
         if given.get(key, named) != named:
-            raise RunError(
+            raise Refusal(
                 f"has helped to open a sum of round {round} with other clients in it; a second one would show what "
                 f"those sent who are in one of them alone. The site allows it by removing {self._path.name} of the "
                 "run's folder there"
