@@ -1,11 +1,12 @@
-"""What a secure sum costs without training: seconds of one core and bytes, as the table of docs/privacy.md has them.
+"""What a secure sum costs without training: seconds of one core and bytes.
 
-`python benchmarks/secure_sum.py` prints the table's rows.
+Run: python benchmarks/secure_sum.py. Writes docs/results/secure_sum.csv, which the table of docs/privacy.md is held to.
 """
 
+import csv
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +20,10 @@ from fedrot.running.network.secure.server import secure_sum
 from fedrot.running.network.secure.site import Consents, Participant
 from fedrot.running.recipe_file import parse_recipe
 from fedrot.running.secure import SecureSum
+from table import markdown
 
+CSV = Path(__file__).parents[1] / "docs" / "results" / "secure_sum.csv"
+COLUMNS = ("clients", "neighbours", "numbers", "client_seconds", "server_seconds", "up", "down")
 CASES = ((4, 100_000, None), (10, 1_000_000, None), (30, 1_000_000, None), (100, 100_000, None), (100, 100_000, 40))
 RANK = 8
 
@@ -72,15 +76,36 @@ def measured(clients: int, size: int, neighbours: int | None) -> tuple[float, fl
     return spent / clients, server, summed.up // clients, summed.down // clients
 
 
-def main() -> None:
-    """Print the rows of the table."""
-    for clients, size, neighbours in CASES:
-        client, server, up, down = measured(clients, size, neighbours)
-        who = f"{clients}" if neighbours is None else f"{clients}, of whom {neighbours} are neighbours"
-        plain = 4 * size // (2 * RANK) * 2 * RANK
-        print(
-            f"| {who} | {size:,} | {client:.2f} | {server:.1f} | {up:,} ({up / plain:.2f} x) | {down:,} |", flush=True
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """The table of docs/privacy.md."""
+    head = ["clients", "numbers", "a client's seconds", "the server's seconds", "up, by client"]
+    lines = [[*head, "down, beside the broadcast"]]
+    for row in rows:
+        who = f"{row['clients']}, of whom {row['neighbours']} are neighbours" if row["neighbours"] else row["clients"]
+        up, plain = int(row["up"]), 4 * int(row["numbers"])
+        seconds = [f"{float(row['client_seconds']):.2f}", f"{float(row['server_seconds']):.1f}"]
+        lines.append(
+            [who, f"{int(row['numbers']):,}", *seconds, f"{up:,} ({up / plain:.2f} x)", f"{int(row['down']):,}"]
         )
+    return markdown(lines)
+
+
+def read() -> Sequence[Mapping[str, str]]:
+    """The rows that were written."""
+    with CSV.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def main() -> None:
+    """Measure, write, print the table."""
+    with CSV.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for clients, size, neighbours in CASES:
+            client, server, up, down = measured(clients, size, neighbours)
+            whole = size // (2 * RANK) * 2 * RANK
+            writer.writerow([clients, neighbours or "", whole, f"{client:.4g}", f"{server:.4g}", up, down])
+    print(table(read()))
 
 
 if __name__ == "__main__":

@@ -129,6 +129,26 @@ def test_the_table_of_compressed_uploads_is_that_of_the_committed_file() -> None
     assert said in " ".join(text.split())
 
 
+def test_the_table_of_secure_sums_is_that_of_the_committed_file() -> None:
+    import secure_sum
+
+    rows = secure_sum.read()
+    assert [(int(r["clients"]), r["neighbours"] or None) for r in rows] == [
+        (clients, neighbours and str(neighbours)) for clients, _, neighbours in secure_sum.CASES
+    ]
+    assert secure_sum.table(rows) in (ROOT / "docs" / "privacy.md").read_text()
+
+
+def test_the_benchmark_of_secure_sums_counts_what_travels() -> None:
+    import secure_sum
+
+    _, _, up, down = secure_sum.measured(4, 160, None)
+    assert up > 4 * 160
+    assert down > 0
+    _, _, more, _ = secure_sum.measured(4, 320, None)
+    assert more - up == 4 * 160
+
+
 def test_the_benchmark_of_messages_counts_what_a_round_sends() -> None:
     import network
 
