@@ -14,7 +14,9 @@ from flwr.app import Context, Error
 from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode, SubStatus
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -27,6 +29,7 @@ from fedrot.running.network.messages import Message
 
 _LOOK = 0.3  # seconds between two looks for a message
 _AGAIN = 2.0  # seconds until a worker that was started again is asked once more
+_STALLED = 180.0  # seconds without a part of a message after which it is given up
 
 _log = logging.getLogger("fedrot")
 
@@ -52,6 +55,23 @@ def carry(address: str, secret: bytes, handle: Handle, ending: threading.Event) 
             _log.exception("a message could not be carried")
 
 
+class _Taking(RuntimeHttpClient):
+    """Waits for a message that the SuperNode is still receiving, as long as something comes. The SuperNode hands out a
+    message whose run ended meanwhile too, of which nothing comes any more, and Flower would wait two hours for it.
+    """
+
+    _last: float | None = None  # when something came, in monotonic seconds
+
+    def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:  # noqa: N802
+        """A part of a message. Raises `ObjectPullError` where none has come for a while."""
+        found = super().PullObject(request)
+        if found.object_available or self._last is None:
+            self._last = time.monotonic()
+        elif time.monotonic() - self._last > _STALLED:
+            raise ObjectPullError(request.object_id, f"nothing of the message came for {_STALLED:g} s")
+        return found
+
+
 def _answer(address: str, token: str, app: ClientApp) -> None:
     """One message: take it, have it answered, and give the reply to the SuperNode."""
     guards: list[ProtobufClientInterceptor] = [
@@ -59,7 +79,7 @@ def _answer(address: str, token: str, app: ClientApp) -> None:
         RuntimeTokenHttpInterceptor(token),
     ]
     closing, lost = threading.Event(), threading.Event()
-    with RuntimeHttpClient.from_server_address(
+    with _Taking.from_server_address(
         server_address=address, insecure=True, root_certificates=None, interceptors=guards
     ) as client:
         life = threading.Thread(target=beat, args=(client, closing, lost), daemon=True)

@@ -186,8 +186,8 @@ def _same(one: Message, other: Message) -> bool:
 def _read(reply: FlowerMessage) -> Message | str:
     """A reply's message, or why it has none."""
     if reply.has_error():
-        reason = " ".join(str(reply.error.reason or "no reason was given").split())
-        return f"Flower says: {reason[:300]} (code {reply.error.code})"
+        reason = " ".join(str(reply.error.reason or "no reason was given").split())[:300]
+        return f"Flower says: {''.join(c for c in reason if c.isprintable())} (code {reply.error.code})"
     try:
         return from_records(reply.content)
     except MessageError as problem:

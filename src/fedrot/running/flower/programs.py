@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedrot.core.errors import RunError
 from fedrot.core.files import write_atomic
+from fedrot.running.flower import control
 from fedrot.running.flower.keys import AUTHORITY, CERTIFICATE, KEY
 from fedrot.running.flower.link import Link
 from fedrot.running.flower.tether import command, environment
@@ -33,9 +34,8 @@ def superlink(folder: Path, host: str, port: int, tls: Path, keys: Mapping[str, 
     words += ["--superexec-auth-secret-file", str(folder / "secret"), "--disable-runtime-dependency-installation"]
     words += ["--ssl-ca-certfile", str(tls / AUTHORITY), "--ssl-certfile", str(tls / CERTIFICATE)]
     words += ["--ssl-keyfile", str(tls / KEY), "--enable-supernode-auth"]
-    program = Program(
-        "the SuperLink", command("flower-superlink", *words), folder / "superlink.log", environment(folder), frozenset()
-    )
+    line = control.command(folder / "secret", *words)
+    program = Program("the SuperLink", line, folder / "superlink.log", environment(folder), frozenset())
     here = reachable(host)
     with Keeper(program, _listens(program, here, port), _LINK_PAUSE, None, _LONGEST_PAUSE):
         yield Link(f"{here}:{port}", (tls / AUTHORITY).read_bytes(), secret, keys)

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -37,13 +37,18 @@ def _go_with_the_keeper() -> None:
     os._exit(1)
 
 
+def run(program: Callable[[], object], name: str, words: Sequence[str]) -> None:
+    """Run a program under a name with these words of its command line, and end with the keeper."""
+    sys.argv = [name, *words]
+    threading.Thread(target=_go_with_the_keeper, daemon=True).start()
+    program()
+
+
 def main() -> None:
     """Run the program."""
     name = sys.argv[1]
     (program,) = entry_points(group="console_scripts", name=name)
-    sys.argv = [name, *sys.argv[2:]]
-    threading.Thread(target=_go_with_the_keeper, daemon=True).start()
-    program.load()()
+    run(program.load(), name, sys.argv[2:])
 
 
 if __name__ == "__main__":
