@@ -21,7 +21,9 @@ from fedrot.running.flower import carrier
 from fedrot.running.network.messages import Message as FedrotMessage
 
 
-def test_a_message_of_which_nothing_comes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_of_which_nothing_comes_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     taken, ending = 0, threading.Event()
 
     def supernode(request: httpx.Request) -> httpx.Response:
@@ -61,3 +63,4 @@ def test_a_message_of_which_nothing_comes_is_given_up(monkeypatch: pytest.Monkey
     site.start()
     assert ending.wait(60.0)
     site.join(10.0)
+    assert "nothing of the message came for 0 s" in caplog.text
