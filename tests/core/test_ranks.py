@@ -15,7 +15,7 @@ from fedrot.core.alignment import find_rotations, rotate
 from fedrot.core.errors import RecipeError
 from fedrot.core.methods import get_method, methods
 from fedrot.core.methods.base import Seat
-from fedrot.core.ranks import cut, first_frames, leading_frames, pad, put_back
+from fedrot.core.ranks import cut, first_frames, leading_frames, pad, put_back, put_back_beside
 
 rank_pairs = st.integers(1, 6).flatmap(lambda r: st.tuples(st.integers(1, r), st.just(r)))
 kinds = pytest.mark.parametrize("frames_of", [leading_frames, first_frames])
@@ -217,6 +217,26 @@ def test_putting_back_keeps_the_update_and_the_rows_of_a_that_were_left_out(seed
         assert distance(p @ pair.a, local.layers[name].a) < 1e-11
     untouched = put_back(cut(adapter, frames, 8.0), frames, adapter)
     assert max(distance(pair.a, adapter.layers[name].a) for name, pair in untouched.layers.items()) < 1e-12
+
+
+@quick
+@given(seeds, rank_pairs, st.integers(0, 6))
+def test_an_a_beside_a_common_b_keeps_what_b_does_not_read(seed: int, ranks: tuple[int, int], zeros: int) -> None:
+    narrow, rank = ranks
+    adapter = make_adapter(seed, rank, dtype=torch.float64)
+    turn = random_rotation(seed, rank)
+    for pair in adapter.layers.values():  # B of a smaller rank than A's, in any frame
+        pair.b[:, : min(zeros, rank)] = 0
+        pair.b.copy_(pair.b @ turn)
+    frames = leading_frames(adapter, narrow)
+    local = moved(cut(adapter, frames, 2.0), seed + 1, 0.5)
+    back = put_back_beside(local, frames, adapter)
+    for name, pair in back.layers.items():
+        b, p, start = adapter.layers[name].b, frames[name], adapter.layers[name].a
+        assert distance(b @ pair.a, b @ p.T @ local.layers[name].a) < 1e-9
+        free = torch.eye(rank, dtype=torch.float64) - torch.linalg.pinv(b, rtol=1e-6) @ b
+        left_out = start - p.T @ (p @ start)
+        assert distance(free @ pair.a, free @ (p.T @ local.layers[name].a + left_out)) < 1e-9
 
 
 @pytest.mark.parametrize("name", [name for name, kind in methods().items() if kind.capabilities.mixed_ranks])

@@ -203,7 +203,7 @@ def test_noise_comes_before_compression(codec: str, tiny_values: dict[str, Any])
     """What is compressed is noisy already: it lies on the codec's few values, and near the same noisy change."""
     whole = begin(tiny_values, *with_privacy("local", 2.0)).play()
     small = begin(tiny_values, *with_privacy("local", 2.0, "--federation.compression", codec)).play()
-    start = begin(tiny_values, *PRIVATE).adapter
+    start = begin(tiny_values).adapter
     for mine, theirs in zip(small.engine.uploads, whole.engine.uploads, strict=True):
         off = size(change(mine.adapter, theirs.adapter))
         assert 0 < off < 0.05 * size(change(theirs.adapter, start))

@@ -17,6 +17,8 @@ from fedrot.core.adapter import Adapter, stacks
 from fedrot.core.errors import RecipeError
 from fedrot.core.linalg import product_norm2
 
+# An eigenvalue of B^T B below this share of the largest is rounding: float32's, squared, with room.
+_NO_PART = 1e-12
 Frames = Mapping[str, Tensor]  # layer name -> (q, r) float64 with orthonormal rows
 
 
@@ -84,6 +86,20 @@ def put_back(adapter: Adapter, frames: Frames, start: Adapter) -> Adapter:
         p, a = frames[name].to(pair.a.dtype), start.layers[name].a
         layers[name] = replace(pair, a=pair.a + (a - p.mT @ (p @ a)))
     return replace(padded, layers=layers)
+
+
+def put_back_beside(adapter: Adapter, frames: Frames, start: Adapter) -> Adapter:
+    """As `put_back`, for an A that is averaged beside the B of `start`: B A_sent must be B P^T A, so of what was left
+    out of A only what B maps to zero stays as it was, N (I - P^T P) A_start with N onto B's null space.
+    """
+    back, padded = put_back(adapter, frames, start), pad(adapter, frames, start)
+    layers = {}
+    for name, pair in back.layers.items():
+        values, vectors = torch.linalg.eigh(start.layers[name].b.double().mT @ start.layers[name].b.double())
+        null = vectors[:, values <= _NO_PART * values[-1]]
+        a = padded.layers[name].a
+        layers[name] = replace(pair, a=a + (null @ (null.mT @ (pair.a - a).double())).to(a.dtype))
+    return replace(back, layers=layers)
 
 
 def _first(rank: int, of: int) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 
 from fedrot.core.adapter import Adapter
 from fedrot.core.methods.base import Broadcast, Capabilities, ClientResult, Method, Seat, register
+from fedrot.core.ranks import Frames, put_back_beside
 
 
 @register
@@ -57,6 +58,10 @@ class RoLoRA(Method):
     def trainable(self, round: int) -> frozenset[str]:
         """One factor and the head."""
         return frozenset({"a" if round % 2 else "b", "head"})
+
+    def widen(self, local: Adapter, frames: Frames, start: Adapter) -> Adapter:
+        """With A as it goes beside the common B; in rounds of B it does not travel."""
+        return put_back_beside(local, frames, start)
 
 
 @register
