@@ -61,3 +61,13 @@ def test_the_timeline_draws_every_exchange(tmp_path: Path) -> None:
     (crosses,) = ax.lines
     assert sorted(crosses.get_ydata()) == [2, 3, 4]
     assert {text.get_text() for text in figure.legends[0].get_texts()} >= {"join", "train", "evaluate"}
+
+
+def test_the_stages_of_a_secure_sum_are_one_kind_in_the_timeline(tmp_path: Path) -> None:
+    run = between_sites(tmp_path)
+    for number, stage in enumerate(("share", "masked", "unmask", "later version's")):
+        FileJournal(run).add(exchange("books", stage, 1, 26 + number))
+    named = [text.get_text() for text in timeline(load_runs([run])[0]).legends[0].get_texts()]
+    assert named.count("secure sum") == 1
+    assert named.count("other") == 1
+    assert not {"share", "masked", "unmask"} & set(named)

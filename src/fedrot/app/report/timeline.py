@@ -12,8 +12,11 @@ from fedrot.app.live.words import moment
 from fedrot.app.report.figures import COLOURS, empty_figure
 from fedrot.app.report.load import RunData
 from fedrot.running.network.journal import Exchange
+from fedrot.running.network.secure import STAGES
 
+_SUM = "secure sum"
 KINDS = {"join": COLOURS[3], "train": COLOURS[0], "answer": COLOURS[4], "evaluate": COLOURS[2], "finish": COLOURS[5]}
+KINDS[_SUM] = COLOURS[7]
 _OTHER, _REFUSED = COLOURS[6], COLOURS[1]
 _DAY = 86400.0  # a unit of the axis of dates
 _NARROWEST = 0.002  # of a bar, as a share of the axis: a quick exchange is seen too
@@ -39,7 +42,7 @@ def timeline(run: RunData) -> Figure:
     ax.grid(False)
     ax.grid(True, axis="x", alpha=0.25)
     ax.set_title(f"Exchanges with each client, {moment(begin)} to {moment(end)} UTC", fontsize=11)
-    seen = {e.kind for e in run.exchanges}
+    seen = {_kind(e) for e in run.exchanges}
     marks: list[Patch | Line2D] = [Patch(color=colour, label=kind) for kind, colour in KINDS.items() if kind in seen]
     if seen - KINDS.keys():
         marks.append(Patch(color=_OTHER, label="other"))
@@ -54,5 +57,9 @@ def timeline(run: RunData) -> Figure:
 def _grouped(exchanges: Sequence[Exchange]) -> dict[tuple[str, str], list[Exchange]]:
     found: dict[tuple[str, str], list[Exchange]] = {}
     for exchange in exchanges:
-        found.setdefault((exchange.client, exchange.kind), []).append(exchange)
+        found.setdefault((exchange.client, _kind(exchange)), []).append(exchange)
     return found
+
+
+def _kind(exchange: Exchange) -> str:
+    return _SUM if exchange.kind in STAGES else exchange.kind

@@ -18,7 +18,7 @@ class Exchange:
 
     time: float  # seconds since 1970, when the reply came or was given up
     client: str
-    kind: str  # join, train, answer, evaluate, finish
+    kind: str  # join, train, answer, evaluate, finish, and the stages of a secure sum
     round: int | None
     sent: int  # bytes of the request's tensors
     received: int  # bytes of the reply's tensors
