@@ -139,6 +139,16 @@ def test_the_table_of_secure_sums_is_that_of_the_committed_file() -> None:
     assert secure_sum.table(rows) in (ROOT / "docs" / "privacy.md").read_text()
 
 
+def test_the_table_of_private_examples_is_that_of_the_committed_file() -> None:
+    import private
+
+    rows = private.read()
+    left = [task for task in private.plan(list(private.LINES)) if private.found(rows, *task) is None]
+    assert not left
+    assert private.table(rows) in (ROOT / "docs" / "privacy.md").read_text()
+    assert [private.learnt(rows, line) for line in private.LINES] == [True, True, False]
+
+
 def test_the_benchmark_of_secure_sums_counts_what_travels() -> None:
     import secure_sum
 
