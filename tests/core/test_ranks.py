@@ -15,7 +15,7 @@ from fedrot.core.alignment import find_rotations, rotate
 from fedrot.core.errors import RecipeError
 from fedrot.core.methods import get_method, methods
 from fedrot.core.methods.base import Seat
-from fedrot.core.ranks import cut, first_frames, leading_frames, pad, put_back, put_back_beside
+from fedrot.core.ranks import cut, first_frames, leading_frames, pad, put_back
 
 rank_pairs = st.integers(1, 6).flatmap(lambda r: st.tuples(st.integers(1, r), st.just(r)))
 kinds = pytest.mark.parametrize("frames_of", [leading_frames, first_frames])
@@ -230,7 +230,7 @@ def test_an_a_beside_a_common_b_keeps_what_b_does_not_read(seed: int, ranks: tup
         pair.b.copy_(pair.b @ turn)
     frames = leading_frames(adapter, narrow)
     local = moved(cut(adapter, frames, 2.0), seed + 1, 0.5)
-    back = put_back_beside(local, frames, adapter)
+    back = put_back(local, frames, adapter, beside=True)
     for name, pair in back.layers.items():
         b, p, start = adapter.layers[name].b, frames[name], adapter.layers[name].a
         assert distance(b @ pair.a, b @ p.T @ local.layers[name].a) < 1e-9

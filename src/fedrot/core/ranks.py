@@ -76,30 +76,27 @@ def pad(adapter: Adapter, frames: Frames, form: Adapter) -> Adapter:
     return replace(adapter, layers=layers)
 
 
-def put_back(adapter: Adapter, frames: Frames, start: Adapter) -> Adapter:
+def put_back(adapter: Adapter, frames: Frames, start: Adapter, beside: bool = False) -> Adapter:
     """(P^T A + (I - P^T P) A_start, B P) at the scale of `start`, which was cut by these frames: the same update as the
     padded one's, with what was left out of A as it was.
+
+    With `beside`, for an A that is averaged beside the B of `start`: B A_sent must be B P^T A, so of what was left out
+    only what B maps to zero stays, N (I - P^T P) A_start with N onto B's null space.
     """
     padded = pad(adapter, frames, start)
     layers = {}
     for name, pair in padded.layers.items():
-        p, a = frames[name].to(pair.a.dtype), start.layers[name].a
-        layers[name] = replace(pair, a=pair.a + (a - p.mT @ (p @ a)))
+        p, was = frames[name].to(pair.a.dtype), start.layers[name]
+        left_out = was.a - p.mT @ (p @ was.a)
+        layers[name] = replace(pair, a=pair.a + (_unread(was.b, left_out) if beside else left_out))
     return replace(padded, layers=layers)
 
 
-def put_back_beside(adapter: Adapter, frames: Frames, start: Adapter) -> Adapter:
-    """As `put_back`, for an A that is averaged beside the B of `start`: B A_sent must be B P^T A, so of what was left
-    out of A only what B maps to zero stays as it was, N (I - P^T P) A_start with N onto B's null space.
-    """
-    back, padded = put_back(adapter, frames, start), pad(adapter, frames, start)
-    layers = {}
-    for name, pair in back.layers.items():
-        values, vectors = torch.linalg.eigh(start.layers[name].b.double().mT @ start.layers[name].b.double())
-        null = vectors[:, values <= _NO_PART * values[-1]]
-        a = padded.layers[name].a
-        layers[name] = replace(pair, a=a + (null @ (null.mT @ (pair.a - a).double())).to(a.dtype))
-    return replace(back, layers=layers)
+def _unread(b: Tensor, a: Tensor) -> Tensor:  # (d_out, r), (r, d_in) -> (r, d_in)
+    """The part of A that B maps to zero."""
+    values, vectors = torch.linalg.eigh(b.double().mT @ b.double())
+    null = vectors[:, values <= _NO_PART * values[-1]]
+    return (null @ (null.mT @ a.double())).to(a.dtype)
 
 
 def _first(rank: int, of: int) -> Tensor:

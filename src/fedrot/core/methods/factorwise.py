@@ -7,7 +7,7 @@ import torch
 
 from fedrot.core.adapter import Adapter
 from fedrot.core.methods.base import Broadcast, Capabilities, ClientResult, Method, Seat, register
-from fedrot.core.ranks import Frames, put_back_beside
+from fedrot.core.ranks import Frames, put_back
 
 
 @register
@@ -61,7 +61,7 @@ class RoLoRA(Method):
 
     def widen(self, local: Adapter, frames: Frames, start: Adapter) -> Adapter:
         """With A as it goes beside the common B; in rounds of B it does not travel."""
-        return put_back_beside(local, frames, start)
+        return put_back(local, frames, start, beside=True)
 
 
 @register
