@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, repeat
 
 from fedrot.core.methods.base import Broadcast, Upload
 from fedrot.running.engine import Failure
-from fedrot.running.network.engine import Expected, Network, Post
-from fedrot.running.network.journal import Journal, now
+from fedrot.running.network.engine import Network
+from fedrot.running.network.journal import now
 from fedrot.running.network.messages import Message
 from fedrot.running.network.tensors import broadcast_message
-from fedrot.running.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,12 @@ class Buffered(Network):
     that was started again begins with it anew, and one that has its upload ready gives it (`worker.Resident`).
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        expected: Expected,
-        post: Post,
-        clients: Sequence[str] | None = None,
-        run: str = "run",
-        journal: Journal | None = None,
-        wait: float = 0.0,
-    ) -> None:
-        """See `Network`."""
-        super().__init__(recipe, expected, post, clients, run, journal, wait)
-        self._open: dict[str, _Asked] = {}
-        self._busy: frozenset[str] = frozenset()  # who trains between two rounds
+    _busy: frozenset[str] = frozenset()  # who trains between two rounds
+
+    @cached_property
+    def _open(self) -> dict[str, _Asked]:
+        """What was asked of each client and not answered yet."""
+        return {}
 
     def arrivals(self, flying: Callable[[], Mapping[str, Broadcast]]) -> Generator[Upload | Failure, None, None]:
         """See `clock.Arriving`. A site that was started again joins while others are heard."""
