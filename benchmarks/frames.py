@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from fedrot import Adapter, LoraPair, align
 from fedrot.core.diagnostics import exact_errors
 from fedrot.core.seeding import generator
+from table import read_csv
 
 DOCS = Path(__file__).parents[1] / "docs"
 CLIENTS, RANK, WIDTH, NOISE, SEEDS = 4, 4, 64, 0.4, range(10)
@@ -60,8 +61,7 @@ def measure() -> list[tuple[str, int, int, float]]:
 
 def draw(path: Path, out: Path) -> None:
     """The figure, from the file alone: mean over seeds, with a band of one standard deviation."""
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(path)
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     ax = figure.add_subplot()

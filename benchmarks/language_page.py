@@ -1,6 +1,5 @@
 """GSM8K's part of docs/results.md, and its figure, from docs/results/gsm8k/ alone."""
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from table import markdown
+from table import markdown, read_csv
 
 Rows = Sequence[Mapping[str, str]]
 FOLDER = Path(__file__).parents[1] / "docs" / "results" / "gsm8k"
@@ -16,8 +15,7 @@ FOLDER = Path(__file__).parents[1] / "docs" / "results" / "gsm8k"
 
 def read(name: str) -> Rows:
     """A file's rows."""
-    with (FOLDER / name).open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(FOLDER / name)
 
 
 def methods(rows: Rows) -> list[str]:

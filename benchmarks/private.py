@@ -6,7 +6,6 @@ docs/results/private.csv and is not run again; the table of docs/privacy.md is h
 """
 
 import argparse
-import csv
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from statistics import mean, stdev
 
 from fedrot.running.recipe_file import read_recipe
 from fedrot.running.run import run
-from table import Quiet, markdown
+from table import Quiet, append_csv, markdown, read_csv
 
 CSV = Path(__file__).parents[1] / "docs" / "results" / "private.csv"
 COLUMNS = ("line", "lr", "seed", "validation", "test", "epsilon", "precision", "cpu_seconds")
@@ -35,10 +34,7 @@ Rows = Sequence[dict[str, str]]
 
 def read() -> Rows:
     """The runs that have been made."""
-    if not CSV.exists():
-        return []
-    with CSV.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(CSV) if CSV.exists() else []
 
 
 def found(rows: Rows, line: str, lr: float, seed: int) -> dict[str, str] | None:
@@ -115,11 +111,7 @@ def main() -> None:
         if found(read(), line, lr, seed) is None:
             row = play(line, lr, seed)
             print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-            with CSV.open("a", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-                if file.tell() == 0:
-                    writer.writeheader()
-                writer.writerow(row)
+            append_csv(CSV, COLUMNS, row)
     if all(chosen(read(), line) is not None for line in LINES):
         print(table(read()))
 

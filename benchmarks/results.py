@@ -1,6 +1,5 @@
 """docs/results.md and its figure, from the committed result files alone. Run: make results."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -14,7 +13,7 @@ from fedrot.app.compare.table import rows as table_rows
 from study import done_before
 from study_page import core_hours, section
 from study_page import draw as draw_study
-from table import markdown
+from table import markdown, read_csv
 
 DOCS = Path(__file__).parents[1] / "docs"
 REPLAY, VADER = DOCS / "results" / "replay.csv", DOCS / "results" / "vader"
@@ -34,12 +33,6 @@ DRAWN = (
     "fedask",
     "fedrot_svd",
 )
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """A CSV file's rows."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def columns(rows: Rows) -> list[Column]:
@@ -171,7 +164,7 @@ def page(rows: Rows, table: str) -> str:
 def vader_table() -> str:
     """The comparison's table from the numbers of its runs, as `fedrot compare` makes it."""
     outcomes = []
-    for row in read(VADER / "runs.csv"):
+    for row in read_csv(VADER / "runs.csv"):
         words = {key: row.pop(key) for key in ("method", "setting", "split", "metric")}
         numbers = {key: float(value) if value else None for key, value in row.items()}
         whole = {key: None if (n := numbers.pop(key)) is None else int(n) for key in ("seed", "rounds_to_target")}
@@ -181,7 +174,7 @@ def vader_table() -> str:
 
 def main() -> None:
     """Write docs/results.md and its figures."""
-    rows = read(REPLAY)
+    rows = read_csv(REPLAY)
     (DOCS / "results.md").write_text(page(rows, vader_table()))
     draw(rows, DOCS / "replay.png")
     draw_study(done_before(), DOCS / "study.png")

@@ -20,7 +20,7 @@ from fedrot.running.network.secure.server import secure_sum
 from fedrot.running.network.secure.site import Consents, Participant
 from fedrot.running.recipe_file import parse_recipe
 from fedrot.running.secure import SecureSum
-from table import markdown
+from table import markdown, read_csv
 
 CSV = Path(__file__).parents[1] / "docs" / "results" / "secure_sum.csv"
 COLUMNS = ("clients", "neighbours", "numbers", "client_seconds", "server_seconds", "up", "down")
@@ -92,8 +92,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
 
 def read() -> Sequence[Mapping[str, str]]:
     """The rows that were written."""
-    with CSV.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(CSV)
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ is a line of docs/results/study.csv and is not run again, so that the study can 
 """
 
 import argparse
-import csv
 import fcntl
 import itertools
 import os
@@ -21,7 +20,7 @@ from fedrot.core.errors import RunError
 from fedrot.running.folder import RunFolder
 from fedrot.running.recipe_file import read_recipe
 from fedrot.running.run import run
-from table import Quiet
+from table import Quiet, append_csv, read_csv
 
 CSV = Path(__file__).parents[1] / "docs" / "results" / "study.csv"
 KEYS = ("setting", "method", "strength", "lr", "seed")
@@ -64,10 +63,7 @@ def recipe_flags(task: Task, data: Path) -> list[str]:
 
 def done_before() -> dict[tuple[str, ...], dict[str, str]]:
     """The lines of the file, by key."""
-    if not CSV.exists():
-        return {}
-    with CSV.open(newline="") as file:
-        return {tuple(row[key] for key in KEYS): row for row in csv.DictReader(file)}
+    return {tuple(row[key] for key in KEYS): row for row in (read_csv(CSV) if CSV.exists() else ())}
 
 
 def play(task: Task, data: Path) -> dict[str, str]:
@@ -151,7 +147,7 @@ def main() -> None:
             return
         line = play(task, call.data)
         print(", ".join(f"{k} {v}" for k, v in line.items()), flush=True)
-        _write(line)
+        append_csv(CSV, COLUMNS, line)
 
 
 # Runs that a process of this study is working on, beside the file, so that no two do the same.
@@ -179,17 +175,6 @@ def _take() -> Task | None:
         _CLAIMS[task.key] = handle  # held until this process ends
         return task
     return None
-
-
-def _write(line: Mapping[str, str]) -> None:
-    """Append the line, with the header where the file is new."""
-    CSV.parent.mkdir(parents=True, exist_ok=True)
-    with CSV.open("a", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(line)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """A line of the benchmark's table, the table, and what it was measured on."""
 
+import csv
+import fcntl
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -94,3 +96,20 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     rule = "|" + "---|" * len(lines[0])
     head, *rest = ("| " + " | ".join(line) + " |" for line in lines)
     return "\n".join([head, rule, *rest]) + "\n"
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """A file's rows."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append_csv(path: Path, columns: Sequence[str], row: Mapping[str, str]) -> None:
+    """Append a row, with the header where the file is new; other processes may do so too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)

@@ -24,7 +24,7 @@ from fedrot.core.packed import Layout
 from fedrot.core.reduce import Reduction
 from fedrot.core.seeding import generator
 from recorded import Recorded, Setting, record
-from table import markdown
+from table import markdown, read_csv
 
 WRITTEN = Path(__file__).parents[1] / "docs" / "results" / "uploads.csv"
 PARTS = frozenset({"a", "b"})
@@ -101,8 +101,7 @@ def measure(rounds: Sequence[Recorded], what: str) -> dict[str, float]:
 
 def read(path: Path = WRITTEN) -> Rows:
     """The rows that were written."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(path)
 
 
 def table(rows: Rows, rank: str = "4") -> str:

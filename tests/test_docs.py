@@ -40,7 +40,7 @@ def test_every_link_of_the_documentation_leads_somewhere() -> None:
 def test_the_results_page_comes_from_the_committed_files(tmp_path: Path) -> None:
     import results
 
-    rows = results.read(results.REPLAY)
+    rows = results.read_csv(results.REPLAY)
     table = results.vader_table()
     assert table == (results.VADER / "table.md").read_text()
     text = results.page(rows, table)
@@ -61,7 +61,7 @@ def test_the_performance_page_comes_from_the_committed_figures(tmp_path: Path) -
 def test_the_committed_replay_holds_what_it_must() -> None:
     import results
 
-    rows = results.read(results.REPLAY)
+    rows = results.read_csv(results.REPLAY)
     assert {row["task"] for row in rows} == {"vader", "trec"}
     assert {row["optimizer"] for row in rows} == {"adamw", "sgd"}
     assert {row["rank"] for row in rows} == {"4", "64"}
