@@ -13,6 +13,7 @@ from fedrot.core.errors import RunError
 from fedrot.running.folder import RunFolder
 from fedrot.running.network.journal import NAME as EXCHANGES
 from fedrot.running.network.journal import Exchange, read_exchanges
+from fedrot.running.network.messages import one_line
 
 SITES = "sites.json"
 FILES = ("recipe.yaml", SITES, "metrics.jsonl", EXCHANGES, "result.json")
@@ -237,5 +238,5 @@ def round_of(exchange: Exchange) -> int | None:
 
 def plain(text: str) -> str:
     """One line without characters that steer a terminal or turn the direction of writing, and not endless."""
-    line = "".join(c for c in " ".join(text[: 4 * _LONGEST].split()) if c.isprintable())
+    line = one_line(text[: 4 * _LONGEST])
     return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."

@@ -12,7 +12,7 @@ from flwr.app import MessageType
 from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 
-from fedrot.running.flower.records import from_records, payload_record, to_records
+from fedrot.running.flower.records import from_records, payload_record, said, to_records
 from fedrot.running.network.messages import Message, MessageError
 
 # Flower's types of the requests: what a request is, its header says.
@@ -186,8 +186,7 @@ def _same(one: Message, other: Message) -> bool:
 def _read(reply: FlowerMessage) -> Message | str:
     """A reply's message, or why it has none."""
     if reply.has_error():
-        reason = " ".join(str(reply.error.reason or "no reason was given").split())[:300]
-        return f"Flower says: {''.join(c for c in reason if c.isprintable())} (code {reply.error.code})"
+        return said(reply.error)
     try:
         return from_records(reply.content)
     except MessageError as problem:

@@ -31,7 +31,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 from flwr.supercore.runtime import RuntimeHttpClient
 
-from fedrot.running.network.channel import LONGEST_HEADER
+from fedrot.running.network.messages import LONGEST_HEADER
 
 _FRAME = 1 << 20  # bytes that Flower's own objects around header and payload may take, of each kind
 # Flower cuts arrays into objects of five times this size; beside them a reply has five.

@@ -2,10 +2,10 @@
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, RecordDict
 from torch import Tensor
 
-from fedrot.running.network.messages import Message, MessageError
+from fedrot.running.network.messages import Message, MessageError, one_line
 
 _HEADER, _PAYLOAD, _NAME = "fedrot.header", "fedrot.payload", "bytes"
 # The bytes themselves. Flower's own form is numpy's file format, whose header may claim any size.
@@ -32,3 +32,8 @@ def from_records(content: RecordDict) -> Message:
     if not isinstance(header, bytes) or not isinstance(array, Array) or array.stype != _RAW:
         raise MessageError("the message's records are not of the kinds that fedrot sends")
     return Message.from_parts(header, torch.from_numpy(np.frombuffer(array.data, dtype=np.uint8).copy()))
+
+
+def said(error: Error) -> str:
+    """Why there is no reply, in Flower's words or in a client's own."""
+    return f"Flower says: {one_line(str(error.reason or 'no reason was given'))[:300]} (code {error.code})"

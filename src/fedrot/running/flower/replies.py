@@ -8,15 +8,14 @@ import torch
 from flwr.app import Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedrot.core.checks import RejectedUpload
-
-_MOST = 2**53  # numbers above it would overflow in sums and products
+from fedrot.core.checks import TOO_LARGE, RejectedUpload
+from fedrot.running.flower.records import said
 
 
 def content_of(reply: Message) -> RecordDict:
     """A reply's records. Raises `RejectedUpload` where it is an error instead."""
     if reply.has_error():
-        raise RejectedUpload(f"Flower says: {reply.error.reason or 'no reason was given'} (code {reply.error.code})")
+        raise RejectedUpload(said(reply.error))
     return reply.content
 
 
@@ -26,7 +25,7 @@ def weight_of(content: RecordDict, weighted_by_key: str) -> float:
     if len(records) != 1:
         raise RejectedUpload(f"the reply must hold one MetricRecord, it holds {len(records)}")
     weight = records[0].get(weighted_by_key)
-    if not isinstance(weight, (int, float)) or not 0 < weight < _MOST:
+    if not isinstance(weight, (int, float)) or not 0 < weight < TOO_LARGE:
         raise RejectedUpload(
             f"the reply's metric {weighted_by_key!r} must be a positive number, got {str(weight)[:40]}"
         )
@@ -42,7 +41,7 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
     for content in contents:
         (record,) = content.metric_records.values()
         for name, value in record.items():
-            if name != weighted_by_key and all(-_MOST < x < _MOST for x in _numbers(value)):
+            if name != weighted_by_key and all(-TOO_LARGE < x < TOO_LARGE for x in _numbers(value)):
                 term = (weight_of(content, weighted_by_key), torch.tensor(value, dtype=torch.float64))
                 found.setdefault(name, []).append(term)
     means = MetricRecord()

@@ -42,9 +42,8 @@ _WHO = "who"  # what a node is asked first: the number of its client
 _PARTITION = "partition-id"  # Flower's name for that number
 _LOOK = 0.1  # seconds between two looks for replies
 
-Nodes = Callable[
-    [ClientApp, int], AbstractContextManager[PushPull]
-]  # an app and how many nodes run it -> where they are
+# An app and how many nodes run it -> where they are.
+Nodes = Callable[[ClientApp, int], AbstractContextManager[PushPull]]
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,10 @@ from typing import IO
 import torch
 
 from fedrot.core.errors import FedrotError
-from fedrot.running.network.messages import Message, MessageError
+from fedrot.running.network.messages import LONGEST_HEADER, Message, MessageError
 
 Handle = Callable[[Message], Message]
 
-LONGEST_HEADER = 8 << 20  # bytes
 LONGEST_PAYLOAD = 16 << 30  # bytes
 _HEAD = struct.Struct(">4sHIQ")
 _MAGIC, _VERSION = b"fdrt", 1

@@ -15,13 +15,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from fedrot.core.checks import TOO_LARGE
 from fedrot.core.errors import FedrotError, RunError
 
 # A header holds some numbers for each layer at most; nothing honest comes near this.
-_LONGEST_HEADER = 8 << 20
-# No number in a header is as large as this; larger ones would overflow in sums.
-_MOST = 2**53
-_FAR = 2**159  # sums of squares of such numbers; `check_upload` knows which number may be how large
+LONGEST_HEADER = 8 << 20
+_FAR = TOO_LARGE**3  # sums of squares of such numbers; `check_upload` knows which number may be how large
 
 
 class MessageError(FedrotError):
@@ -30,6 +29,11 @@ class MessageError(FedrotError):
 
 class Refusal(RunError):
     """What a site does not do, or cannot; the text is for the server and holds nothing of the site's data or paths."""
+
+
+def one_line(text: str) -> str:
+    """What somebody else wrote, as one line that can be shown."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())
 
 
 def _nothing() -> Tensor:
@@ -61,7 +65,7 @@ class Message:
         if reason is None:
             return None
         text = reason[:500] if isinstance(reason, str) else shown(reason)
-        return "".join(c for c in " ".join(text.split()) if c.isprintable()) or "gave no reason"
+        return one_line(text) or "gave no reason"
 
     def header_bytes(self) -> bytes:
         """The header as JSON. Raises `MessageError` where a number in it is not finite."""
@@ -73,8 +77,8 @@ class Message:
     @classmethod
     def from_parts(cls, header: bytes, payload: Tensor) -> "Message":
         """The inverse of `header_bytes`, with the payload. Raises `MessageError`."""
-        if len(header) > _LONGEST_HEADER:
-            raise MessageError(f"the message's header has {len(header)} bytes, more than the {_LONGEST_HEADER} allowed")
+        if len(header) > LONGEST_HEADER:
+            raise MessageError(f"the message's header has {len(header)} bytes, more than the {LONGEST_HEADER} allowed")
         try:
             values = json.loads(header, parse_constant=_not_finite, parse_float=_finite)
         except (ValueError, RecursionError) as problem:
@@ -132,7 +136,7 @@ def value_of(header: Mapping[str, Any], key: str, kind: type) -> Any:
 def count_of(header: Mapping[str, Any], key: str, least: int = 0) -> int:
     """A whole number of a header. `MessageError` where it is missing, anything else, below `least` or enormous."""
     value: int = value_of(header, key, int)
-    if not least <= value < _MOST:
+    if not least <= value < TOO_LARGE:
         raise MessageError(f"the message's {key} must be a whole number of at least {least}, got {shown(value)}")
     return value
 
